@@ -1,0 +1,197 @@
+"""Promises about the command line: every spelling works, and every mistake gets one line, at once."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import docstring_parser
+import dotenv
+import pytest
+import typing_extensions
+import tyro
+from conftest import INSTALLED, ROOT, Run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import vit
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--num-epochs", "5"], "num_epochs", 5),
+        (["--num_epochs=5"], "num_epochs", 5),
+        (["--batch_size=64.0"], "batch_size", 64),
+        (["--batch-size", "1e2"], "batch_size", 100),
+        (["--learning_rate=1e-05"], "learning_rate", 1e-5),
+        (["--no-use-wandb"], "use_wandb", False),
+        (["--no_use_wandb"], "use_wandb", False),
+        (["--use_wandb=False"], "use_wandb", False),
+        (["--use-wandb=false"], "use_wandb", False),
+        (["--use-wandb", "False"], "use_wandb", False),
+        (["--no-use-wandb", "--use_wandb=true"], "use_wandb", True),
+        (["--mlp-head-units", "2048", "1024"], "mlp_head_units", [2048, 1024]),
+        (["--mlp_head_units=[2048, 1024]"], "mlp_head_units", [2048, 1024]),
+        (["--mlp-head-units", "[8.0]"], "mlp_head_units", [8]),
+        (["--mlp_head_units=[]"], "mlp_head_units", []),
+        (["--wandb-tags", '["a","b"]'], "wandb_tags", ["a", "b"]),
+        (["--wandb_tags=['a', 'b']"], "wandb_tags", ["a", "b"]),
+        (["--wandb-tags", "a", "b"], "wandb_tags", ["a", "b"]),
+        (["--wandb_entity=None"], "wandb_entity", None),
+        (["--wandb-run-name=--odd"], "wandb_run_name", "--odd"),
+        (["--projection-dim", "32"], "transformer_units", [64, 32]),
+        (["--image-size", "32", "--patch_size=5"], "num_patches", 36),
+    ],
+)
+def test_every_spelling_of_people_and_of_sweeps_is_read(flags, field, value):
+    assert getattr(vit._parse_command_line(flags), field) == value
+
+
+def test_the_defaults_are_the_published_recipe():
+    config = vit.ViTConfig()
+    assert (config.image_size, config.patch_size, config.projection_dim, config.num_heads) == (72, 6, 64, 4)
+    assert (config.transformer_layers, config.transformer_units, config.mlp_head_units) == (8, [128, 64], [2048, 1024])
+    assert (config.learning_rate, config.weight_decay, config.batch_size, config.num_epochs) == (1e-3, 1e-4, 256, 10)
+    assert (config.validation_split, config.dataset, config.use_wandb) == (0.1, "cifar100", True)
+    assert (config.keras_backend, config.wandb_project) == ("jax", "keras3_edge_baseline")
+    assert str(config.checkpoint_path) == "/tmp/checkpoint.weights.h5" and config.num_patches == 144
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--config.num-epochs 5", "did you mean --num-epochs?"),
+        ("--num-epoch 5", "did you mean --num-epochs?"),
+        ("surplus", "surplus"),
+        ("--num-epochs", "--num-epochs"),
+        ("--num-epochs many", "--num-epochs"),
+        ("--num-epochs 2.5", "--num-epochs"),
+        ("--use-wandb=maybe", "--use-wandb"),
+        ("--mlp-head-units [4,", "--mlp-head-units"),
+        ("--image-size 0", "--image-size must be positive"),
+        ("--transformer-layers=-1", "--transformer-layers must be positive"),
+        ("--mlp-head-units 8 0", "--mlp-head-units must be positive"),
+        ("--transformer-units 64 32", "--transformer-units must end in --projection-dim 64"),
+        ("--patch-size 73", "--patch-size 73 is larger than --image-size 72"),
+        ("--learning-rate nan", "--learning-rate"),
+        ("--weight-decay -1", "--weight-decay"),
+        ("--validation-split 1", "--validation-split must lie in [0, 1)"),
+        ("--validation-split=-0.1", "--validation-split must lie in [0, 1)"),
+        ("--seed -1", "--seed"),
+        ("--dataset cifar1000", "--dataset must be cifar100"),
+        ("--dataset missing.npz", "there is no such file"),
+        ("--keras-backend theano", "must be one of jax, torch, tensorflow"),
+        ("--checkpoint-path model.h5", "must end in .weights.h5"),
+        ("--checkpoint-path /proc/none/a.weights.h5", "cannot be written"),
+    ],
+)
+def test_a_wrong_value_is_one_clear_line(flags, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop, vit._errors_in_one_line():
+        vit._set_backend_from_env_or_cli(flags.split())
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and told in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_and_mistakes_answer_within_a_second_without_a_backend(run_vit):
+    """The best of three, as the machine that tests may be busy."""
+    for flags in (["--help"], ["--num-epochs", "0"], ["--config.num-epochs", "5"]):
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            run = run_vit(*flags, environment={"PYTHONPROFILEIMPORTTIME": "1"})
+            seconds.append(time.perf_counter() - started)
+        imported = {
+            line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time")
+        }
+        assert imported and not imported & {"keras", "numpy", "wandb", *vit.BACKENDS}
+        assert min(seconds) < 1, seconds
+        assert run.status == (0 if flags == ["--help"] else 2)
+    help_text = run_vit("--help", environment={"COLUMNS": "100"}).stdout
+    assert all(vit._flag(name) in help_text for name in vit.ViTConfig.__dataclass_fields__)
+
+
+def test_a_backend_that_is_not_installed_is_named_with_its_remedy(tmp_path):
+    """Run where nothing is installed but what the command line needs: `-S` hides site-packages, links bring some back."""
+    world = tmp_path / "site"
+    world.mkdir()
+    for module in (tyro, dotenv, docstring_parser, typing_extensions):
+        source = Path(module.__file__)
+        source = source.parent if source.name == "__init__.py" else source
+        (world / source.name).symlink_to(source)
+    (tmp_path / "jax").mkdir()  # a folder of the same name is not the package
+    env = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"} | {"PYTHONPATH": str(world)}
+    command = [sys.executable, "-S", str(ROOT / "vit.py"), "--no-use-wandb"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    line = Run(done.returncode, done.stdout, done.stderr).error_line
+    assert "the backend jax is not installed: pip install" in line
+
+
+def test_the_environment_wins_over_the_flag_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    other = [name for name in INSTALLED if name != "jax"]
+    if not other:
+        pytest.skip("needs a second backend")
+    flags = ["--no-use-wandb", "--checkpoint-path", "a.weights.h5"]
+    monkeypatch.setenv("KERAS_BACKEND", other[0])
+    assert vit._set_backend_from_env_or_cli(flags).keras_backend == other[0]
+    assert capsys.readouterr().err == ""
+    config = vit._set_backend_from_env_or_cli([*flags, "--keras-backend=jax"])
+    assert config.keras_backend == os.environ["KERAS_BACKEND"] == other[0]
+    assert f"KERAS_BACKEND={other[0]} wins over --keras-backend jax" in capsys.readouterr().err
+    monkeypatch.delenv("KERAS_BACKEND")
+    assert vit._set_backend_from_env_or_cli([*flags, f"--keras-backend={other[0]}"]).keras_backend == other[0]
+
+
+def test_dotenv_fills_what_neither_flag_nor_environment_gives(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("WANDB_PROJECT=from-file\nWANDB_ENTITY=from-file\nKERAS_BACKEND=jax\n")
+    for name in ("WANDB_PROJECT", "KERAS_BACKEND"):
+        monkeypatch.setenv(name, "")  # so that what the file sets is taken back after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_ENTITY", "from-environment")
+    flags = ["--checkpoint-path=a.weights.h5"]
+    config = vit._set_backend_from_env_or_cli(flags)
+    assert (config.wandb_project, config.wandb_entity) == ("from-file", "from-environment")
+    assert vit._set_backend_from_env_or_cli([*flags, "--wandb-project=from-flag"]).wandb_project == "from-flag"
+
+
+FLAGS = [vit._flag(name) for name in vit.ViTConfig.__dataclass_fields__ if name != "checkpoint_path"]
+HOSTILE = st.one_of(
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        ["", "[", "[1", "[[1]]", "{}", "None", "True", "-", "--", "-1", "1e999", "[" * 300, "9" * 5000, "\0", "é\n"]
+    ),
+)
+ARGUMENT = st.one_of(
+    HOSTILE,
+    st.sampled_from(FLAGS),
+    st.builds("{}={}".format, st.sampled_from(FLAGS), HOSTILE),
+    st.builds("--{}".format, HOSTILE),
+)
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+@given(st.lists(ARGUMENT, max_size=6))
+def test_any_arguments_give_a_configuration_or_one_line(tmp_path, monkeypatch, capsys, argv):
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    try:
+        with vit._errors_in_one_line():
+            config = vit._set_backend_from_env_or_cli([*argv, f"--checkpoint-path={tmp_path}/a.weights.h5"])
+    except SystemExit as stop:
+        captured = capsys.readouterr()
+        if stop.code:
+            lines = [line for line in captured.err.splitlines() if "warning" not in line]
+            assert stop.code == 2 and len(lines) == 1 and lines[0].startswith("vit.py: error: ")
+        else:
+            assert "usage: vit.py" in captured.out or "--tyro" in " ".join(argv)
+    else:
+        assert isinstance(config, vit.ViTConfig)

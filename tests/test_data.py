@@ -1,0 +1,174 @@
+"""Promises about data: anyone's images work or are refused in one line; CIFAR is fetched once and never half-read."""
+
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import vit
+
+
+def arrays(**changes) -> dict:
+    rng = np.random.default_rng(0)
+    valid = {
+        "x_train": rng.integers(0, 256, (20, 8, 8, 1), np.uint8),
+        "y_train": np.arange(20) % 4,
+        "x_test": rng.integers(0, 256, (8, 8, 8, 1), np.uint8),
+        "y_test": np.arange(8)[:, None] % 4,
+    }
+    return {name: value for name, value in {**valid, **changes}.items() if value is not None}
+
+
+def test_anyones_images_are_loaded_with_shape_and_classes_from_the_data(tmp_path):
+    np.savez(tmp_path / "own.npz", **arrays())
+    data = vit.load_dataset(vit.ViTConfig(dataset=str(tmp_path / "own.npz"), validation_split=0.2))
+    assert data.image_shape == (8, 8, 1) and data.num_classes == 4
+    assert data.y_test.shape == (8,) and len(data.x_train) == 16 and len(data.x_val) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"y_test": None, "x_test": None}, "x_test and y_test missing"),
+        ({"x_train": np.zeros((20, 64))}, "x_train must have the shape (images, height, width, channels)"),
+        ({"x_train": np.zeros((20, 8, 8, 1), "U1")}, "x_train must hold numbers"),
+        ({"x_train": np.full((20, 8, 8, 1), np.nan)}, "not finite"),
+        ({"x_test": np.zeros((0, 8, 8, 1)), "y_test": np.zeros(0, int)}, "x_test is empty"),
+        ({"x_test": np.zeros((8, 9, 8, 1))}, "images differ in shape"),
+        ({"y_train": np.zeros(19, int)}, "one label an image"),
+        ({"y_train": np.zeros(20)}, "y_train must hold integers"),
+        ({"y_train": np.array("a")}, "y_train must hold integers"),
+        ({"y_test": np.full(8, -1)}, "negative"),
+        ({"y_train": np.full(20, 10**12)}, "labels go up to"),
+        ({"x_train": np.array([object()])}, "cannot be read"),
+    ],
+)
+def test_wrong_arrays_are_one_clear_line(changes, told, tmp_path):
+    np.savez(tmp_path / "own.npz", **arrays(**changes))
+    with pytest.raises(vit.ExperimentError, match="own.npz") as refused:
+        vit.load_dataset(vit.ViTConfig(dataset=str(tmp_path / "own.npz")))
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_damaged_files_are_refused_and_never_a_traceback(tmp_path):
+    """Truncated at and flipped at 200 places: either refused, or read as arrays that passed every check."""
+    np.savez_compressed(tmp_path / "good.npz", **arrays())
+    good, rng, refused = (tmp_path / "good.npz").read_bytes(), np.random.default_rng(0), 0
+    for number in range(200):
+        place = int(rng.integers(len(good)))
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << rng.integers(8)
+        (tmp_path / "bad.npz").write_bytes(good[:place] if number % 2 else damaged)
+        try:
+            vit.load_dataset(vit.ViTConfig(dataset=str(tmp_path / "bad.npz")))
+        except vit.ExperimentError:
+            refused += 1
+    assert refused >= 150
+
+
+def test_a_refused_file_ends_the_run_with_status_2(run_vit, tmp_path):
+    (tmp_path / "bad.npz").write_bytes(b"no archive")
+    run = run_vit("--dataset", "bad.npz", "--no-use-wandb", "--checkpoint-path", "a.weights.h5")
+    assert "bad.npz is not an .npz file" in run.error_line
+
+
+def test_the_validation_part_is_stratified_seeded_and_disjoint():
+    labels = np.sort(np.random.default_rng(0).integers(0, 10, 1003))  # sorted: the last rows would be one class
+    train, val = vit._stratified_split(labels, 0.1, seed=3)
+    assert len(val) == 100 and np.array_equal(np.sort(np.concatenate([train, val])), np.arange(1003))
+    share = np.bincount(labels[val], minlength=10) - np.bincount(labels) * 0.1
+    assert np.abs(share).max() <= 1
+    assert np.array_equal(val, vit._stratified_split(labels, 0.1, seed=3)[1])
+    assert not np.array_equal(val, vit._stratified_split(labels, 0.1, seed=4)[1])
+    assert len(vit._stratified_split(labels, 0.0, seed=3)[1]) == 0
+
+
+def test_synthetic_images_are_the_same_everywhere_and_shaped_as_cifar100():
+    first, second = (vit.load_dataset(vit.ViTConfig(dataset="synthetic")) for _ in range(2))
+    assert first.image_shape == (32, 32, 3) and first.num_classes == 100 and first.x_train.dtype == np.uint8
+    np.testing.assert_array_equal(first.x_train, second.x_train)
+    assert hashlib.sha256(first.x_test).hexdigest().startswith("ab2c23ae052c9bb3")
+
+
+def test_without_a_network_the_line_says_where_the_archive_goes(run_vit):
+    run = run_vit(
+        "--dataset", "cifar100", "--no-use-wandb", "--checkpoint-path", "a.weights.h5", "--keras-backend", "jax"
+    )
+    assert "cifar-100-python-target_archive" in run.error_line and "--dataset synthetic" in run.error_line
+
+
+@pytest.fixture
+def cifar_archive():
+    """A CIFAR-100 archive in the published layout (60 + 20 random images) behind a local HTTP server that counts."""
+    rng = np.random.default_rng(0)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for split, count in (("train", 60), ("test", 20)):
+            content = {
+                b"data": rng.integers(0, 256, (count, 3072), np.uint8),
+                b"fine_labels": rng.integers(0, 60, count).tolist(),
+            }
+            member = tarfile.TarInfo(f"cifar-100-python/{split}")
+            pickled = pickle.dumps(content)
+            member.size = len(pickled)
+            archive.addfile(member, io.BytesIO(pickled))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        requests = 0
+
+        def do_GET(self):
+            Handler.requests += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(packed.getvalue())))
+            self.end_headers()
+            self.wfile.write(packed.getvalue())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/", Handler
+    server.shutdown()
+
+
+def test_two_first_runs_at_once_fetch_once_and_the_next_start_is_quick(cifar_archive, tmp_path):
+    """Keras' own download, hash and unpacking; only the address and the hash in keras.datasets are the small archive's."""
+    url, handler = cifar_archive
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import vit
+from keras.src.datasets import cifar100
+fetch = cifar100.get_file
+cifar100.get_file = lambda fname, origin, file_hash, **rest: fetch(fname=fname, origin={url!r}, **rest)
+started = time.perf_counter()
+data = vit.load_dataset(vit.ViTConfig(dataset="cifar100"))
+print()
+print(len(data.x_train), len(data.x_test), int(data.x_test.sum()), time.perf_counter() - started)
+"""
+    env = {**os.environ, "KERAS_BACKEND": "jax", "KERAS_HOME": str(tmp_path), "no_proxy": "127.0.0.1"}
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True)
+
+    def finish(process: subprocess.Popen) -> list[str]:
+        return process.communicate(timeout=120)[0].splitlines()[-1].split()
+
+    together = [start(), start()]
+    first, second = [finish(process) for process in together]
+    third = finish(start())
+    assert handler.requests == 1
+    assert first[:2] == ["54", "20"] and first[:3] == second[:3] == third[:3]
+    assert float(third[3]) < 1
+    (tmp_path / "datasets" / "vit-cifar100.npz").write_bytes(b"damaged")
+    assert finish(start())[:3] == first[:3]
