@@ -18,23 +18,35 @@ folder that cannot be written, a backend that is not installed), with one line t
 
 from __future__ import annotations
 
+import time
+
+_STARTED = time.perf_counter()
+
 import ast
 import contextlib
 import difflib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
+import json
 import math
 import operator
 import os
 import platform
 import random
+import resource
+import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from dotenv import load_dotenv
@@ -80,10 +92,18 @@ class ViTConfig:
     """Images in a training step, and in a step of evaluation."""
     num_epochs: int = 10
     """Passes over the training images."""
+    augmentation: Literal["fused", "stock"] = "fused"
+    """fused: flip, rotation, zoom and resizing in one gather; stock: Keras' own layers, the same geometry, slower."""
     validation_split: float = 0.1
     """Share of the training images set apart for validation, drawn evenly from every class; 0 for none."""
     seed: int = 0
     """Seed of the split, the weights, the order of the images, augmentation and dropout."""
+
+    # Measuring
+    tf32: bool = True
+    """Let NVIDIA GPUs multiply float32 matrices in TensorFloat-32; set alike on every backend."""
+    measure_seconds: float = 60.0
+    """Longest time in seconds for each measurement outside the epochs (step time, latency, evaluation); 0 measures nothing."""
 
     # Where things come from and go to
     dataset: str = "cifar100"
@@ -92,6 +112,8 @@ class ViTConfig:
     """jax, torch or tensorflow. The environment variable KERAS_BACKEND wins over this flag."""
     checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")
     """File for the weights of the best epoch by validation accuracy; ends in .weights.h5."""
+    results_dir: Path = Path("results")
+    """Folder for the run's results, one JSON file a run; results.schema.json explains every figure."""
     node_name: str = field(default_factory=platform.node)
     """Name of this machine in everything that is recorded. Default: the host's name."""
 
@@ -135,6 +157,10 @@ class ViTConfig:
         _require(0 < lr < math.inf, f"--learning-rate must be positive and finite, not {lr}")
         _require(0 <= decay < math.inf, f"--weight-decay must be finite and not negative, not {decay}")
         _require(0 <= split < 1, f"--validation-split must lie in [0, 1), not {split}")
+        _require(
+            0 <= self.measure_seconds < math.inf,
+            f"--measure-seconds must be finite and not negative, not {self.measure_seconds}",
+        )
         _require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2**32), not {self.seed}")
         if self.dataset not in (*CIFAR, "synthetic"):
             known = "cifar100, cifar10, synthetic or the path of an .npz file"
@@ -154,6 +180,7 @@ class ViTConfig:
         _require(path.name.endswith(".weights.h5"), f"--checkpoint-path must end in .weights.h5, not {str(path)!r}")
         _require(not path.is_dir(), f"--checkpoint-path {str(path)!r} is a folder")
         _require_writable_folder(path.parent, "--checkpoint-path")
+        _require_writable_folder(self.results_dir, "--results-dir")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -319,6 +346,7 @@ import numpy as np
 from keras import layers, ops
 
 keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
+_IMPORT_S = time.perf_counter() - _STARTED
 
 # --------------------------------------------------------------------------------------------------------------
 # Data
@@ -485,25 +513,98 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def create_data_augmentation(config: ViTConfig, x_train: np.ndarray) -> keras.Sequential:
-    """Images (B, H, W, C) as stored -> (B, image_size, image_size, C), normalized; flip, rotation, zoom in training only."""
+    """Images (B, H, W, C) as stored -> (B, image_size, image_size, C), normalized with the mean and variance of `x_train`.
+
+    In training also flipped, rotated by up to 0.02 turns and zoomed by up to 20 %, at random.
+    """
+    size, rotation, zoom = config.image_size, 0.02, 0.2
     normalization = layers.Normalization()
     normalization.adapt(x_train)
-    augmentation = keras.Sequential(
-        [
-            normalization,
-            layers.Resizing(config.image_size, config.image_size),
-            layers.RandomFlip("horizontal"),
-            layers.RandomRotation(factor=0.02),
-            layers.RandomZoom(height_factor=0.2, width_factor=0.2),
-        ],
-        name="data_augmentation",
-    )
+    if config.augmentation == "fused":
+        return keras.Sequential([normalization, FusedAugmentation(size, rotation, zoom)], name="data_augmentation")
+    stock = [
+        layers.Resizing(size, size),
+        layers.RandomFlip("horizontal"),
+        layers.RandomRotation(rotation),
+        layers.RandomZoom(zoom, zoom),
+    ]
     # Keras marks rotation and zoom as not compilable, for the sake of TensorFlow's XLA. One such layer makes it run the
     # whole model uncompiled, op by op, although JAX compiles both (a step of a small ViT on a CPU: 0.07 s against 0.5 s).
     if keras.backend.backend() == "jax":
-        for layer in augmentation.layers:
+        for layer in stock:
             layer.supports_jit = True
-    return augmentation
+    return keras.Sequential([normalization, *stock], name="data_augmentation")
+
+
+@keras.saving.register_keras_serializable(package="vit")
+class FusedAugmentation(layers.Layer):
+    """Resize, flip, rotate and zoom images (B, H, W, C) -> (B, size, size, C) by one bilinear gather from the small source.
+
+    The geometry of Resizing, RandomFlip("horizontal"), RandomRotation(rotation) and RandomZoom(zoom, zoom), which
+    resample the enlarged image three times over: for every output pixel, go back through zoom, rotation, flip and
+    resizing to where it comes from, reflecting at the edges. Outside training it resizes, no more.
+    """
+
+    def __init__(self, size: int, rotation: float, zoom: float, seed: int | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.size, self.rotation, self.zoom, self.seed = size, rotation, zoom, seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, images, training=False):
+        if not training:
+            return ops.image.resize(images, (self.size, self.size), interpolation="bilinear")
+        return self.transform(
+            images, keras.random.uniform((4, ops.shape(images)[0], 1, 1), -1, 1, seed=self.seed_generator)
+        )
+
+    def transform(self, images, draws):
+        """Apply `draws` (4, B, 1, 1) in [-1, 1): flip if negative, shares of the largest rotation and of the zooms."""
+        flip, turn, zoom_y, zoom_x = ops.unstack(draws)
+        center = (self.size - 1) / 2
+        pixel = ops.arange(self.size, dtype="float32") - center
+        y = self._reflect(ops.reshape(pixel, (1, -1, 1)) * (1 + self.zoom * zoom_y) + center) - center
+        x = self._reflect(ops.reshape(pixel, (1, 1, -1)) * (1 + self.zoom * zoom_x) + center) - center
+        angle = 2 * math.pi * self.rotation * turn
+        cos, sin = ops.cos(angle), ops.sin(angle)
+        x, y = self._reflect(cos * x - sin * y + center), self._reflect(sin * x + cos * y + center)
+        x = ops.where(flip < 0, self.size - 1 - x, x)
+        return self._gather(images, y, x)
+
+    def _reflect(self, coordinate):
+        """Fold a pixel coordinate back into the image, whose edges lie half a pixel beyond the outermost centers."""
+        around = ops.mod(coordinate + 0.5, 2 * self.size)
+        return ops.minimum(around, 2 * self.size - around) - 0.5
+
+    def _gather(self, images, y, x):
+        """Pixels of `images` (B, H, W, C) at output coordinates y, x (B, size, size), interpolated between four neighbours."""
+        _, height, width, channels = images.shape
+        y = ops.clip((y + 0.5) * (height / self.size) - 0.5, 0, height - 1)
+        x = ops.clip((x + 0.5) * (width / self.size) - 0.5, 0, width - 1)
+        top, left = ops.floor(y), ops.floor(x)
+        down, right = ops.cast(y - top, images.dtype)[..., None], ops.cast(x - left, images.dtype)[..., None]
+        top, left = ops.cast(top, "int32"), ops.cast(left, "int32")
+        bottom, next_left = ops.minimum(top + 1, height - 1), ops.minimum(left + 1, width - 1)
+        first = ops.reshape(ops.arange(ops.shape(images)[0], dtype="int32"), (-1, 1, 1)) * height  # row of each image
+        pixels = ops.reshape(images, (-1, channels))
+
+        def at(row, column):
+            return ops.take(pixels, (first + row) * width + column, axis=0)
+
+        upper = at(top, left) * (1 - right) + at(top, next_left) * right
+        lower = at(bottom, left) * (1 - right) + at(bottom, next_left) * right
+        return upper * (1 - down) + lower * down
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], self.size, self.size, input_shape[3])
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "size": self.size,
+            "rotation": self.rotation,
+            "zoom": self.zoom,
+            "seed": self.seed,
+        }
 
 
 @keras.saving.register_keras_serializable(package="vit")
@@ -549,6 +650,9 @@ class PatchEncoder(layers.Layer):
         return {**super().get_config(), "num_patches": self.num_patches, "projection_dim": self.projection_dim}
 
 
+ATTENTION_DROPOUT = 0.1  # above 0, Keras takes explicit einsums instead of its fused dot_product_attention
+
+
 def _mlp(x, hidden_units: Sequence[int], dropout_rate: float):
     for units in hidden_units:
         x = layers.Dense(units, activation=keras.activations.gelu)(x)
@@ -565,7 +669,9 @@ def create_vit_classifier(
     tokens = PatchEncoder(config.num_patches, config.projection_dim)(tokens)
     for _ in range(config.transformer_layers):
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
-        attention = layers.MultiHeadAttention(config.num_heads, key_dim=config.projection_dim, dropout=0.1)
+        attention = layers.MultiHeadAttention(
+            config.num_heads, key_dim=config.projection_dim, dropout=ATTENTION_DROPOUT
+        )
         tokens = layers.Add()([attention(normed, normed), tokens])
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
         tokens = layers.Add()([_mlp(normed, config.transformer_units, dropout_rate=0.1), tokens])
@@ -573,6 +679,362 @@ def create_vit_classifier(
     features = layers.Dropout(0.5)(layers.Flatten()(features))
     features = _mlp(features, config.mlp_head_units, dropout_rate=0.5)
     return keras.Model(inputs, layers.Dense(num_classes)(features), name="vit")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Measuring. Nothing here runs inside a training step: latency and step time are measured before the training, the
+# epochs are timed as wholes, and energy is read by a thread of its own. `results.schema.json` explains every figure.
+# --------------------------------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = 1
+WARM_UP, MIN_STEPS = 10, 100  # fewer steps give no 99th percentile worth its name
+
+# Peak dense TFLOP/s by device and number format, at the highest power the maker allows (shared by all its clocks).
+PEAK_TFLOPS = {
+    # Ada AD107, 2560 CUDA cores at 2.37 GHz (115 W), and its 80 tensor cores with float32 accumulation
+    "NVIDIA GeForce RTX 4050 Laptop GPU": {
+        "float32": 12.1,
+        "float32+tf32": 12.1,
+        "mixed_bfloat16": 24.3,
+        "mixed_float16": 24.3,
+    },
+}
+
+
+def _train_flops_per_image(config: ViTConfig, channels: int, num_classes: int) -> int:
+    """Floating-point operations to train on one image: 2 a multiply-add in every matrix product, forward and twice that back."""
+    n, d, inner = config.num_patches, config.projection_dim, config.num_heads * config.projection_dim
+
+    def dense(widths: Sequence[int]) -> int:
+        return sum(a * b for a, b in itertools.pairwise(widths))
+
+    block = n * 4 * d * inner + 2 * n * n * inner + n * dense([d, *config.transformer_units])
+    head = dense([n * d, *config.mlp_head_units, num_classes])
+    return 3 * 2 * (n * config.patch_size**2 * channels * d + config.transformer_layers * block + head)
+
+
+def _set_tf32(allowed: bool) -> None:
+    """JAX's and TensorFlow's default is TF32, torch's is not: unless it is set, a comparison compares number formats."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if allowed else "highest")
+    elif backend == "torch":
+        import torch
+
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+    else:
+        import tensorflow as tf
+
+        tf.config.experimental.enable_tensor_float_32_execution(allowed)
+
+
+def _device() -> dict:
+    """The device on which the backend computes by default, and the most bytes its own allocator has held at once so far."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        if (device := jax.devices()[0]).platform != "cpu":
+            cuda, peak = " ".join(device.client.platform_version.split()), device.memory_stats()["peak_bytes_in_use"]
+            return {"name": device.device_kind, "is_gpu": True, "cuda": cuda, "peak_bytes": peak}
+    elif backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+            return {"name": name, "is_gpu": True, "cuda": torch.version.cuda, "peak_bytes": peak}
+    else:
+        import tensorflow as tf
+
+        if gpus := tf.config.list_physical_devices("GPU"):
+            name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+            cuda, peak = (
+                tf.sysconfig.get_build_info().get("cuda_version"),
+                tf.config.experimental.get_memory_info("GPU:0")["peak"],
+            )
+            return {"name": name, "is_gpu": True, "cuda": cuda, "peak_bytes": peak}
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(": ")[2] for line in cpus if line.startswith("model name")), platform.machine())
+    return {"name": name, "is_gpu": False, "cuda": None, "peak_bytes": None}
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the folder of this file; None without git or outside a checkout."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One look at a power sensor. `joules` is a counter that may wrap at `wraps_at`; without it, `watts` are integrated."""
+
+    watts: float | None = None
+    joules: float | None = None
+    wraps_at: float = math.inf
+    utilization_percent: float | None = None
+    temperature_c: float | None = None
+
+
+Sensor = tuple[str, Callable[[], Reading]]  # what is read, and how
+
+
+def _nvml_sensor() -> Sensor:
+    """The first visible NVIDIA GPU, through nvidia-ml-py."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdecimal() else 0)
+    try:
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+        has_counter = True
+    except pynvml.NVMLError:  # before Volta
+        has_counter = False
+
+    def read() -> Reading:
+        return Reading(
+            watts=pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+            joules=pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3 if has_counter else None,
+            utilization_percent=pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            temperature_c=pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+        )
+
+    read()  # on a Jetson NVML starts, but answers NotSupported
+    return "NVML, the whole board", read
+
+
+def _ina3221_sensor(sysfs: Path = Path("/sys")) -> Sensor:
+    """The module of a Jetson AGX Orin: three rails of the INA3221 at 1-0040, in mV and mA, whose sum is its power."""
+    rails = {"VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"}
+    labels = sorted(sysfs.glob("bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon*/in*_label"))
+    channels = [label for label in labels if label.read_text().strip() in rails]
+    if len(channels) != len(rails):
+        raise FileNotFoundError("the INA3221 rails of a Jetson AGX Orin are not there")
+    volts = [label.with_name(label.name.replace("_label", "_input")) for label in channels]
+    amperes = [path.with_name(path.name.replace("in", "curr", 1)) for path in volts]
+    loads = [sysfs / "devices/platform/gpu.0/load", sysfs / "devices/gpu.0/load"]
+    load = next((path for path in loads if path.exists()), None)
+    types = sysfs.glob("class/thermal/thermal_zone*/type")
+    zones = [path.with_name("temp") for path in types if "gpu" in path.read_text().lower()]
+
+    def number(path: Path) -> int:
+        return int(path.read_text())
+
+    def read() -> Reading:
+        temperature_c = None
+        with contextlib.suppress(OSError, IndexError):  # the GPU's zone cannot be read while the GPU sleeps
+            temperature_c = number(zones[0]) / 1e3
+        watts = sum(number(v) * number(a) for v, a in zip(volts, amperes, strict=True)) / 1e6
+        return Reading(watts, utilization_percent=number(load) / 10 if load else None, temperature_c=temperature_c)
+
+    read()
+    return "INA3221, the module's rails VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0", read
+
+
+def _rapl_sensor(sysfs: Path = Path("/sys")) -> Sensor:
+    """The first CPU package, through RAPL; readable by root alone on most systems."""
+    zone = sysfs / "class/powercap/intel-rapl:0"
+    wraps_at = int((zone / "max_energy_range_uj").read_text()) / 1e6
+
+    def read() -> Reading:
+        return Reading(joules=int((zone / "energy_uj").read_text()) / 1e6, wraps_at=wraps_at)
+
+    read()  # fails now rather than later where it cannot be read
+    return "RAPL, CPU package 0", read
+
+
+class EnergyMeter:
+    """Energy between `begin` and `end`, summed over all such spans; a thread reads the sensor five times a second."""
+
+    INTERVAL_S = 0.2
+
+    def __init__(self, source: str, read: Callable[[], Reading]):
+        self.source, self.read, self.lock, self.active, self.failure = source, read, threading.Lock(), False, None
+        self.spans: list[list[tuple[float, Reading]]] = []
+        threading.Thread(target=self._loop, daemon=True).start()
+
+    def begin(self) -> None:
+        with self.lock:
+            self.active = True
+            self.spans.append([])
+            self._sample()
+
+    def end(self) -> None:
+        with self.lock:
+            self._sample()
+            self.active = False
+
+    def _loop(self) -> None:
+        while True:
+            time.sleep(self.INTERVAL_S)
+            with self.lock:
+                if self.active:
+                    self._sample()
+
+    def _sample(self) -> None:
+        try:
+            reading = self.read()
+            self.spans[-1].append((time.perf_counter(), reading))
+        except Exception as error:  # the sensor is gone, and with it the joules since the last look
+            self.failure = self.failure or f"lost during the run ({error})"
+
+    def summary(self, epochs: int, images: int) -> dict:
+        if self.failure:
+            return _no_energy(self.failure)
+        joules = seconds = peak_w = 0.0
+        for span in self.spans:
+            for (then, last), (now, reading) in itertools.pairwise(span):
+                interval = now - then
+                if reading.joules is None:
+                    spent, watts = interval * (last.watts + reading.watts) / 2, reading.watts
+                else:
+                    spent = (reading.joules - last.joules) % reading.wraps_at
+                    # A counter moves in steps: over too short an interval it shows a peak that is none.
+                    watts = reading.watts or (spent / interval if interval > self.INTERVAL_S / 2 else 0.0)
+                joules, seconds, peak_w = joules + spent, seconds + interval, max(peak_w, watts)
+        readings = [reading for span in self.spans for _, reading in span]
+        utilization = [r.utilization_percent for r in readings if r.utilization_percent is not None]
+        return {
+            "source": self.source,
+            "joules_per_epoch": joules / epochs,
+            "joules_per_image": joules / images,
+            "mean_w": joules / seconds,
+            "peak_w": peak_w or None,
+            "utilization_percent": statistics.fmean(utilization) if utilization else None,
+            "max_temperature_c": max((r.temperature_c for r in readings if r.temperature_c is not None), default=None),
+        }
+
+
+def _no_energy(reason: str) -> dict:
+    names = ["joules_per_epoch", "joules_per_image", "mean_w", "peak_w", "utilization_percent", "max_temperature_c"]
+    return {"source": f"unavailable: {reason}", **dict.fromkeys(names)}
+
+
+def _start_meters(is_gpu: bool) -> dict[str, EnergyMeter | str]:
+    """A meter, or the reason why there is none, for the accelerator (on a Jetson the whole module) and the CPU package."""
+    candidates = {"accelerator": [_nvml_sensor, _ina3221_sensor] if is_gpu else [], "cpu_package": [_rapl_sensor]}
+    meters: dict[str, EnergyMeter | str] = {}
+    for part, sensors in candidates.items():
+        meters[part] = "the backend runs on the CPU" if not sensors else ""
+        for sensor in sensors:
+            try:
+                meters[part] = EnergyMeter(*sensor())
+                break
+            except Exception as error:  # no library, no driver, no such file, no permission: all mean no sensor
+                meters[part] = "; ".join(filter(None, [meters[part], str(error) or type(error).__name__]))
+    return meters
+
+
+def _power_mode() -> str | None:
+    """The power mode of a Jetson, as nvpmodel keeps it; None elsewhere."""
+    with contextlib.suppress(OSError):
+        return Path("/var/lib/nvpmodel/status").read_text().strip()
+    return None
+
+
+class EpochMeter(keras.callbacks.Callback):
+    """Time and energy of the training part of every epoch, without the validation that follows it.
+
+    It has no batch hooks: those would make JAX and torch wait for the device in every step.
+    """
+
+    def __init__(self, meters: Sequence[EnergyMeter]):
+        super().__init__()
+        self.meters = meters
+        self.train_s: list[float] = []
+        self.wall_s: list[float] = []  # from the start of the training to the end of the epoch, validation included
+
+    def on_train_begin(self, logs=None):
+        self._training_began = time.perf_counter()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        for meter in self.meters:
+            meter.begin()
+        self._epoch_began = time.perf_counter()
+
+    def on_test_begin(self, logs=None):
+        self._end_training_part()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if len(self.train_s) == len(self.wall_s):  # there was no validation
+            self._end_training_part()
+        self.wall_s.append(time.perf_counter() - self._training_began)
+
+    def _end_training_part(self):
+        ops.convert_to_numpy(self.model.trainable_weights[-1].value)  # waits for the last step, on every backend
+        self.train_s.append(time.perf_counter() - self._epoch_began)
+        for meter in self.meters:
+            meter.end()
+
+
+class StepTimer(keras.callbacks.Callback):
+    """Seconds of every step, each waited for: for a `fit` of its own, apart from the epochs. The first one compiles."""
+
+    def __init__(self, budget_s: float):
+        super().__init__()
+        self.budget_s, self.seconds = budget_s, []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        float(logs["loss"])  # waits for the device: the loss is read after the whole step has been launched
+        self.seconds.append(time.perf_counter() - self._began)
+        steady = self.seconds[1:]
+        too_slow = len(steady) >= 3 and statistics.median(steady) * (WARM_UP + MIN_STEPS) > self.budget_s
+        self.model.stop_training = too_slow or len(steady) >= WARM_UP + MIN_STEPS
+
+
+def _percentiles_ms(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Percentiles without the first WARM_UP values; None where fewer than MIN_STEPS are left."""
+    ms = 1e3 * np.array(seconds[WARM_UP:])
+    if len(ms) < MIN_STEPS:
+        return None
+    return {**{f"p{q}": float(np.percentile(ms, q)) for q in (50, 90, 99)}, "n": len(ms)}
+
+
+def _measure_inference(model: keras.Model, images: np.ndarray, batch_size: int, budget_s: float) -> dict:
+    """Latency of one image and throughput of whole batches, through `predict_on_batch`, from array to array."""
+
+    def seconds(batch: np.ndarray) -> list[float]:
+        model.predict_on_batch(batch)  # compiles
+        times: list[float] = []
+        while len(times) < WARM_UP + MIN_STEPS and sum(times) < budget_s / 2:
+            began = time.perf_counter()
+            model.predict_on_batch(batch)
+            times.append(time.perf_counter() - began)
+        return times
+
+    batch = images[:batch_size]
+    return {
+        "latency_ms": _percentiles_ms(seconds(images[:1])),
+        "inference_images_per_s": len(batch) / statistics.median(seconds(batch)),
+    }
+
+
+def _measure_steps(model: keras.Model, x: np.ndarray, y: np.ndarray, batch_size: int, budget_s: float) -> dict:
+    """Time of the first step, which compiles, and of at least MIN_STEPS steady ones; the model is afterwards as before."""
+    model.optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *model.optimizer.variables]
+    before = [ops.convert_to_numpy(variable.value) for variable in variables]
+    whole = max(len(x) // batch_size, 1) * batch_size  # a partial batch would be another shape, and compile again
+    timer = StepTimer(budget_s)
+    while not model.stop_training:
+        model.fit(x[:whole], y[:whole], batch_size=batch_size, verbose=0, callbacks=[timer])
+    if rest := len(x) % batch_size:  # compiled now, so that the first epoch is as steady as the others
+        model.fit(x[:rest], y[:rest], batch_size=rest, verbose=0)
+    for variable, value in zip(variables, before, strict=True):
+        variable.assign(value)
+    first, *steady = timer.seconds
+    return {
+        "first_step_s": first,
+        "compile_s": max(first - statistics.median(steady), 0.0),
+        "step_ms": _percentiles_ms(steady),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -668,36 +1130,6 @@ class BestWeights(keras.callbacks.Callback):
             )
 
 
-def _device() -> str:
-    """The device on which the backend computes by default."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        device = jax.devices()[0]
-        name, is_cpu = device.device_kind, device.platform == "cpu"
-    elif backend == "torch":
-        import torch
-
-        is_cpu = not torch.cuda.is_available()
-        name = "" if is_cpu else torch.cuda.get_device_name()
-    else:
-        import tensorflow as tf
-
-        gpus = tf.config.list_physical_devices("GPU")
-        is_cpu = not gpus
-        name = "" if is_cpu else tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
-    return f"CPU ({_cpu_name()})" if is_cpu else name
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def _seed_everything(seed: int) -> None:
     """As keras.utils.set_random_seed, but that imports TensorFlow, for seconds, wherever it is installed."""
     random.seed(seed)  # Keras' layers and initializers draw their seeds from it
@@ -712,35 +1144,47 @@ def _seed_everything(seed: int) -> None:
         tf.random.set_seed(seed)
 
 
-def run_experiment(config: ViTConfig) -> dict[str, float]:
-    """Train on `config.dataset`, evaluate the best epoch's weights on the test images, and return what was found."""
-    import importlib.metadata
+class SeededStart(keras.callbacks.Callback):
+    """Seed once more when the training begins, so that it is the same with and without what was measured before it."""
 
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+
+    def on_train_begin(self, logs=None):
+        _seed_everything(self.seed)
+
+
+def run_experiment(config: ViTConfig) -> dict:
+    """Train on `config.dataset`, evaluate the best epoch's weights on the test images, and return all that was measured.
+
+    The result, as results.schema.json describes it, is also printed, written to `config.results_dir` and sent to W&B.
+    """
     config = replace(config, keras_backend=keras.backend.backend())
     _seed_everything(config.seed)
-    print(
-        f"Python {platform.python_version()}, Keras {keras.__version__}, "
-        f"{config.keras_backend} {importlib.metadata.version(config.keras_backend)} on {_device()}, node {config.node_name}"
-    )
-    print("config: " + " ".join(f"{name}={value}" for name, value in _plain(config).items()))
+    _set_tf32(config.tf32)
+    results = {"schema_version": SCHEMA_VERSION, "what": _what_runs(config), "time": {"import_s": _IMPORT_S}}
+    what, timing = results["what"], results["time"]
+    versions = ", ".join(f"{name} {version}" for name, version in what["versions"].items() if version)
+    print(f"{versions} on {what['device']}, node {config.node_name}")
+    print("config: " + " ".join(f"{name}={value}" for name, value in what["config"].items()))
 
+    began = time.perf_counter()
     data = load_dataset(config)
-    print(
-        f"data: {config.dataset}, {data.num_classes} classes, train {data.x_train.shape}, "
-        f"validation {data.x_val.shape}, test {data.x_test.shape}"
-    )
-    if rest := config.image_size % config.patch_size:
+    timing["load_s"] = time.perf_counter() - began
+    what["images"] = {"train": len(data.x_train), "validation": len(data.x_val), "test": len(data.x_test)}
+    what["image_shape"], what["num_classes"] = list(data.image_shape), data.num_classes
+    shapes = f"train {data.x_train.shape}, validation {data.x_val.shape}, test {data.x_test.shape}"
+    print(f"data: {config.dataset}, {data.num_classes} classes, {shapes}")
+    patch = config.patch_size
+    if rest := config.image_size % patch:
         print(
-            f"note: patches of {config.patch_size} do not fill {config.image_size} pixels; the last {rest} rows and columns are cut off"
+            f"note: patches of {patch} do not fill {config.image_size} pixels; the last {rest} rows and columns are cut off"
         )
 
-    model = create_vit_classifier(
-        config, data.image_shape, data.num_classes, create_data_augmentation(config, data.x_train)
-    )
-    num_parameters = sum(math.prod(weight.shape) for weight in model.trainable_weights)
-    print(
-        f"model: {num_parameters:,} trainable parameters, {config.num_patches} patches of {config.patch_size}x{config.patch_size} pixels"
-    )
+    began = time.perf_counter()
+    augmentation = create_data_augmentation(config, data.x_train)
+    model = create_vit_classifier(config, data.image_shape, data.num_classes, augmentation)
     model.compile(
         optimizer=keras.optimizers.AdamW(learning_rate=config.learning_rate, weight_decay=config.weight_decay),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -749,42 +1193,157 @@ def run_experiment(config: ViTConfig) -> dict[str, float]:
             keras.metrics.SparseTopKCategoricalAccuracy(min(5, data.num_classes), name="top-5-accuracy"),
         ],
     )
+    timing["build_s"] = time.perf_counter() - began
+    what["jit_compile"] = bool(model.jit_compile)
+    what["num_parameters"] = sum(math.prod(weight.shape) for weight in model.trainable_weights)
+    what["train_flops_per_image"] = _train_flops_per_image(config, data.image_shape[2], data.num_classes)
+    print(
+        f"model: {what['num_parameters']:,} trainable parameters, {config.num_patches} patches of {patch}x{patch} pixels"
+    )
 
-    best = BestWeights(config.checkpoint_path)
-    callbacks: list[keras.callbacks.Callback] = [best]
     wandb_run = _start_wandb(config) if config.use_wandb else None
-    if wandb_run:
-        wandb_run.summary["num_parameters"] = num_parameters
-        callbacks.append(CustomWandbCallback(wandb_run))
-    verbose = 1 if sys.stdout.isatty() else 2  # a progress bar for people, a line an epoch for a log file
     exit_code = 1
     try:
-        model.fit(
-            data.x_train,
-            data.y_train,
-            batch_size=config.batch_size,
-            epochs=config.num_epochs,
-            validation_data=(data.x_val, data.y_val) if len(data.x_val) else None,
-            callbacks=callbacks,
-            verbose=verbose,
-        )
-        model.set_weights(best.weights)
-        test = model.evaluate(data.x_test, data.y_test, batch_size=config.batch_size, verbose=0, return_dict=True)
-        results = {
-            "best_epoch": best.epoch,
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
-            "test_top-5-accuracy": test["top-5-accuracy"],
-        }
-        if wandb_run:
-            wandb_run.summary.update(results)
+        _train_and_measure(config, data, model, results, CustomWandbCallback(wandb_run) if wandb_run else None)
         exit_code = 0
+        if wandb_run:
+            wandb_run.summary.update(
+                {**_figures(results), **results["quality"]["test"], "num_parameters": what["num_parameters"]}
+            )
     finally:
         if wandb_run:
             wandb_run.finish(exit_code=exit_code)
-    print(f"best weights: epoch {best.epoch}, in {config.checkpoint_path}")
-    print(f"test accuracy {test['accuracy']:.4f}, top-5 {test['top-5-accuracy']:.4f}, loss {test['loss']:.4f}")
+    _print_table(results)
+    test = results["quality"]["test"]
+    print(f"best weights: epoch {results['quality']['best_epoch']}, in {config.checkpoint_path}")
+    print(
+        f"test accuracy {test['test_accuracy']:.4f}, top-5 {test['test_top-5-accuracy']:.4f}, loss {test['test_loss']:.4f}"
+    )
+    _write_results(config.results_dir, results)
     return results
+
+
+def _what_runs(config: ViTConfig) -> dict:
+    """What really runs: machine, code, configuration, versions and number format."""
+    device = _device()
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "node": config.node_name,
+        "device": device["name"],
+        "is_gpu": device["is_gpu"],
+        "power_mode": _power_mode(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "backend": config.keras_backend,
+        "versions": {
+            "Python": platform.python_version(),
+            "Keras": keras.__version__,
+            config.keras_backend: importlib.metadata.version(config.keras_backend),
+            "CUDA": device["cuda"],
+        },
+        "config": _plain(config),
+        "dtype_policy": keras.config.dtype_policy().name,
+        "tf32": config.tf32,
+        "attention": "explicit" if ATTENTION_DROPOUT else "fused",
+        "augmentation": config.augmentation,
+    }
+
+
+def _train_and_measure(
+    config: ViTConfig, data: Dataset, model: keras.Model, results: dict, logger: keras.callbacks.Callback | None
+) -> None:
+    """Measure, train, evaluate; fill `results` section by section."""
+    what, timing, batch_size, budget_s = results["what"], results["time"], config.batch_size, config.measure_seconds
+    memory = results["memory"] = {"inference_peak_device_bytes": None}
+    meters: dict[str, EnergyMeter | str] = dict.fromkeys(("accelerator", "cpu_package"), "not measured")
+    if budget_s:
+        timing |= _measure_inference(model, data.x_test, batch_size, budget_s)
+        memory["inference_peak_device_bytes"] = _device()["peak_bytes"]  # before the training, which holds more
+        timing |= _measure_steps(model, data.x_train, data.y_train, batch_size, budget_s)
+        meters = _start_meters(what["is_gpu"])
+
+    epochs = EpochMeter([meter for meter in meters.values() if isinstance(meter, EnergyMeter)])
+    best = BestWeights(config.checkpoint_path)
+    history = model.fit(
+        data.x_train,
+        data.y_train,
+        batch_size=batch_size,
+        epochs=config.num_epochs,
+        validation_data=(data.x_val, data.y_val) if len(data.x_val) else None,
+        callbacks=[SeededStart(config.seed), epochs, best, *([logger] if logger else [])],
+        verbose=1 if sys.stdout.isatty() else 2,  # a progress bar for people, a line an epoch for a log file
+    )
+    memory["train_peak_device_bytes"] = _device()["peak_bytes"]
+    timing["epoch_s"] = epochs.train_s
+    # Where the first step was not timed apart, the first epoch compiles and does not count.
+    steady_s = epochs.train_s if "compile_s" in timing else epochs.train_s[1:]
+    rate = len(data.x_train) / statistics.median(steady_s) if steady_s else None
+    timing["train_images_per_s"] = rate
+    number_format = what["dtype_policy"] + ("+tf32" if what["tf32"] and what["dtype_policy"] == "float32" else "")
+    peak = PEAK_TFLOPS.get(what["device"], {}).get(number_format)
+    timing["model_flops_utilization"] = rate * what["train_flops_per_image"] / (peak * 1e12) if rate and peak else None
+    images = len(data.x_train) * config.num_epochs
+    results["energy"] = {
+        part: _no_energy(meter) if isinstance(meter, str) else meter.summary(config.num_epochs, images)
+        for part, meter in meters.items()
+    }
+
+    model.set_weights(best.weights)
+    test = model.evaluate(data.x_test, data.y_test, batch_size=batch_size, verbose=0, return_dict=True)
+    if budget_s:  # once more, as the first time may have compiled
+        began = time.perf_counter()
+        model.evaluate(data.x_test, data.y_test, batch_size=batch_size, verbose=0)
+        timing["evaluation_images_per_s"] = len(data.x_test) / (time.perf_counter() - began)
+    results["quality"] = {
+        "epochs": [dict(zip(history.history, row, strict=True)) for row in zip(*history.history.values(), strict=True)],
+        "epoch_end_s": epochs.wall_s,
+        "best_epoch": best.epoch,
+        "best_epoch_s": epochs.wall_s[best.epoch - 1],
+        "test": {f"test_{name}": value for name, value in test.items()},
+    }
+    memory["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _figures(results: dict) -> dict[str, float | None]:
+    """Every figure of a run under one flat name, `time/step_ms/p50`, on the console, in W&B and in a report alike."""
+    flat: dict[str, float | None] = {}
+
+    def add(prefix: str, value) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                add(f"{prefix}/{name}", inner)
+        elif not isinstance(value, list | str):
+            flat[prefix] = value
+
+    for section in ("time", "memory", "energy", "quality"):
+        add(section, results[section])
+    return flat
+
+
+def _print_table(results: dict) -> None:
+    what, energy = results["what"], results["energy"]
+    switches = f"TF32 {'on' if what['tf32'] else 'off'}, jit {'on' if what['jit_compile'] else 'off'}"
+    paths = f"{what['attention']} attention, {what['augmentation']} augmentation"
+    print(f"results of {what['backend']} on {what['device']}: {what['dtype_policy']}, {switches}, {paths}")
+    for name, value in _figures(results).items():
+        print(f"  {name:<42} {'unavailable' if value is None else format(value, ',.5g' if value < 1e5 else ',.0f')}")
+    for part in energy:
+        print(f"  energy of {part} from: {energy[part]['source']}")
+
+
+def _write_results(folder: Path, results: dict) -> None:
+    """One file a run, whole or not at all; a disk that is full costs the file, not the result on the console."""
+    what = results["what"]
+    node = "".join(c if c.isalnum() or c in "-_." else "_" for c in what["node"])
+    stamp = what["started"].replace(":", "").replace("-", "").partition("+")[0]
+    path = folder / f"{stamp}-{node}-{what['backend']}-{os.getpid()}.json"
+    try:
+        with _replacing(path) as scratch:
+            scratch.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        print(f"results: {path}")
+    except OSError as error:
+        print(f"vit.py: warning: the results cannot be written to {path} ({error})", file=sys.stderr)
 
 
 def main(config: ViTConfig) -> None:
