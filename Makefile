@@ -1,4 +1,6 @@
 # make train ARGS="--dataset synthetic --num-epochs 2"   sets up .venv and runs vit.py with these flags
+# make benchmark                                         sets up .venv, compares JAX and torch on small made-up data
+# make benchmark ARGS="--repeats 5 -- --num-epochs 5"    the same with the flags of benchmark.py and, after --, of vit.py
 # make test                                              sets up .venv and passes the tests
 # make lint                                              what CI checks besides
 # Another interpreter: make test PYTHON=python3.12. Other backends for training: make train EXTRAS=tensorflow
@@ -12,10 +14,17 @@ FLOOR := .venv-floor
 PYTHON310 := $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: train test test-floor lint clean
+# Minutes on two CPU cores: a small model, so that every run is compiled, timed and trained in about half a minute.
+QUICK := --backends jax torch -- --dataset synthetic --image-size 32 --patch-size 8 --projection-dim 32 \
+	--transformer-layers 2 --mlp-head-units 128 --batch-size 64 --num-epochs 6 --learning-rate 0.003
+
+.PHONY: train benchmark test test-floor lint clean
 
 train: $(VENV)/train-$(EXTRAS)
 	$(VENV)/bin/python vit.py $(ARGS)
+
+benchmark: $(VENV)/benchmark
+	$(VENV)/bin/python benchmark.py $(if $(ARGS),$(ARGS),$(QUICK))
 
 test: $(VENV)/test
 	$(VENV)/bin/python -m pytest
@@ -40,6 +49,10 @@ $(VENV)/bin/python:
 
 $(VENV)/train-$(EXTRAS): $(VENV)/bin/python pyproject.toml constraints.txt
 	$(VENV)/bin/python -m $(INSTALL) -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/benchmark: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(VENV)/bin/python -m $(INSTALL) -e ".[jax,torch,benchmark]"
 	@touch $@
 
 $(VENV)/test: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -737,7 +737,10 @@ def _device() -> dict:
         import jax
 
         if (device := jax.devices()[0]).platform != "cpu":
-            cuda, peak = " ".join(device.client.platform_version.split()), device.memory_stats()["peak_bytes_in_use"]
+            cuda, peak = (
+                " ".join(device.client.platform_version.split()),
+                (device.memory_stats() or {}).get("peak_bytes_in_use"),
+            )
             return {"name": device.device_kind, "is_gpu": True, "cuda": cuda, "peak_bytes": peak}
     elif backend == "torch":
         import torch
@@ -1258,6 +1261,7 @@ def _train_and_measure(
     memory = results["memory"] = {"inference_peak_device_bytes": None}
     meters: dict[str, EnergyMeter | str] = dict.fromkeys(("accelerator", "cpu_package"), "not measured")
     if budget_s:
+        print(f"measuring latency and step time, for up to {budget_s:g} s each (--measure-seconds)")
         timing |= _measure_inference(model, data.x_test, batch_size, budget_s)
         memory["inference_peak_device_bytes"] = _device()["peak_bytes"]  # before the training, which holds more
         timing |= _measure_steps(model, data.x_train, data.y_train, batch_size, budget_s)
@@ -1290,8 +1294,9 @@ def _train_and_measure(
     }
 
     model.set_weights(best.weights)
+    began = time.perf_counter()
     test = model.evaluate(data.x_test, data.y_test, batch_size=batch_size, verbose=0, return_dict=True)
-    if budget_s:  # once more, as the first time may have compiled
+    if time.perf_counter() - began < budget_s:  # once more, as the first time may have compiled
         began = time.perf_counter()
         model.evaluate(data.x_test, data.y_test, batch_size=batch_size, verbose=0)
         timing["evaluation_images_per_s"] = len(data.x_test) / (time.perf_counter() - began)
@@ -1332,6 +1337,15 @@ def _print_table(results: dict) -> None:
         print(f"  energy of {part} from: {energy[part]['source']}")
 
 
+def _without_nan(value):
+    """`value` with null for what is not finite, as the loss of a run that diverged: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write_results(folder: Path, results: dict) -> None:
     """One file a run, whole or not at all; a disk that is full costs the file, not the result on the console."""
     what = results["what"]
@@ -1340,7 +1354,7 @@ def _write_results(folder: Path, results: dict) -> None:
     path = folder / f"{stamp}-{node}-{what['backend']}-{os.getpid()}.json"
     try:
         with _replacing(path) as scratch:
-            scratch.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+            scratch.write_text(json.dumps(_without_nan(results), indent=1, allow_nan=False) + "\n")
         print(f"results: {path}")
     except OSError as error:
         print(f"vit.py: warning: the results cannot be written to {path} ({error})", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Promises about training: it learns real images on every backend, keeps the best weights, and repeats itself."""
 
+import json
 import re
 
 import keras
@@ -113,3 +114,12 @@ def test_the_best_epoch_is_kept_whole_even_where_it_cannot_be_written(tmp_path, 
     folder.rmdir()  # nothing can be written from here on, for root neither
     end_epoch(2, 3.0, 0.6)
     assert best.epoch == 3 and best.weights[0] == 3.0 and "cannot be written" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_still_leaves_its_results(run_vit, tmp_path):
+    """A loss that is not a number is null in the results, and no traceback ends the run."""
+    flags = f"--dataset synthetic --no-use-wandb {TINY} --learning-rate 1e30 --num-epochs 1 --measure-seconds 0"
+    run = run_vit(*flags.split(), "--checkpoint-path", "a.weights.h5")
+    assert run.status == 0 and "test accuracy" in run.stdout, run
+    (file,) = (tmp_path / "results").iterdir()
+    assert json.loads(file.read_text())["quality"]["epochs"][0]["loss"] is None
