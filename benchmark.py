@@ -367,7 +367,7 @@ ENERGY = Metric(
 ACCURACY = Metric(
     "test accuracy",
     "%",
-    (("quality/test_accuracy", ""),),
+    (("quality/test/test_accuracy", ""),),
     100.0,
     name="test accuracy",
     sentence="{a} reached a test accuracy {ratio} that of {b}",
@@ -386,7 +386,7 @@ REST = (
     MEMORY,
     ENERGY,
     ACCURACY,
-    Metric("top-5", "%", (("quality/test_top-5-accuracy", ""),), 100.0, is_share=True),
+    Metric("top-5", "%", (("quality/test/test_top-5-accuracy", ""),), 100.0, is_share=True),
     Metric("best epoch after", "s", (("quality/best_epoch_s", ""),)),
 )
 

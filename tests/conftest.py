@@ -17,7 +17,7 @@ import vit
 
 ROOT = Path(__file__).parent.parent
 INSTALLED = [name for name in vit.BACKENDS if vit._is_installed(name)]
-TINY = "--image-size 16 --patch-size 4 --projection-dim 32 --transformer-layers 1 --mlp-head-units 32 --batch-size 32"
+TINY = "--image-size 16 --patch-size 4 --projection-dim 32 --transformer-layers 1 --mlp-head-units 32 --batch-size 32 --measure-seconds 0"
 
 
 @dataclass

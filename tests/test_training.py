@@ -10,7 +10,7 @@ from conftest import INSTALLED, TINY
 
 import vit
 
-SMALL = "--no-use-wandb --image-size 16 --patch-size 4 --projection-dim 32 --transformer-layers 2 --mlp-head-units 128"
+SMALL = "--no-use-wandb --image-size 16 --patch-size 4 --projection-dim 32 --transformer-layers 2 --mlp-head-units 128 --measure-seconds 0"
 MODEL = vit.ViTConfig(image_size=16, patch_size=4, projection_dim=32, transformer_layers=2, mlp_head_units=[128])
 
 
@@ -118,7 +118,7 @@ def test_the_best_epoch_is_kept_whole_even_where_it_cannot_be_written(tmp_path, 
 
 def test_a_run_that_diverges_still_leaves_its_results(run_vit, tmp_path):
     """A loss that is not a number is null in the results, and no traceback ends the run."""
-    flags = f"--dataset synthetic --no-use-wandb {TINY} --learning-rate 1e30 --num-epochs 1 --measure-seconds 0"
+    flags = f"--dataset synthetic --no-use-wandb {TINY} --learning-rate 1e30 --num-epochs 1"
     run = run_vit(*flags.split(), "--checkpoint-path", "a.weights.h5")
     assert run.status == 0 and "test accuracy" in run.stdout, run
     (file,) = (tmp_path / "results").iterdir()
