@@ -16,7 +16,7 @@ PYTHON310 := $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/pytho
 
 # Minutes on two CPU cores: a small model, so that every run is compiled, timed and trained in about half a minute.
 QUICK := --backends jax torch -- --dataset synthetic --image-size 32 --patch-size 8 --projection-dim 32 \
-	--transformer-layers 2 --mlp-head-units 128 --batch-size 64 --num-epochs 6 --learning-rate 0.003
+	--transformer-layers 2 --mlp-head-units 128 --batch-size 64 --num-epochs 6
 
 .PHONY: train benchmark test test-floor lint clean
 
