@@ -503,7 +503,8 @@ def statement(name: str, a: Figures, base: str, b: Figures, test_images: float |
         return f"{metric.name}: no difference between {name} and {base} that the spread supports ({medians}; {verdict.why})."
     if metric.is_share:
         size = f"{abs(a.median - b.median):.2f} points {'above' if a.median > b.median else 'below'}"
-    elif verdict.text == NONE:
+    elif verdict.text == NONE or min(a.median, b.median) < 0.01 * max(a.median, b.median):
+        # A ratio to next to nothing, as the compile time of a backend that compiles nothing, tells less than the medians.
         return f"{metric.name}: {name} and {base} differ ({medians}; {verdict.why})."
     else:
         size = verdict.text
