@@ -349,6 +349,74 @@ from keras import layers, ops
 keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
 _IMPORT_S = time.perf_counter() - _STARTED
 
+
+# The three functions that speak to a backend itself; everything else goes through Keras.
+
+
+def _seed_everything(seed: int) -> None:
+    """As keras.utils.set_random_seed, but that imports TensorFlow, for seconds, wherever it is installed."""
+    random.seed(seed)  # Keras' layers and initializers draw their seeds from it
+    np.random.seed(seed)  # the order of the images
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.manual_seed(seed)
+    elif keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.random.set_seed(seed)
+
+
+def _set_tf32(allowed: bool) -> None:
+    """JAX's and TensorFlow's default is TF32, torch's is not: unless it is set, a comparison compares number formats."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if allowed else "highest")
+    elif backend == "torch":
+        import torch
+
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+    else:
+        import tensorflow as tf
+
+        tf.config.experimental.enable_tensor_float_32_execution(allowed)
+
+
+def _device() -> dict:
+    """The device on which the backend computes by default, and the most bytes its own allocator has held at once so far."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        if (device := jax.devices()[0]).platform != "cpu":
+            cuda, peak = (
+                " ".join(device.client.platform_version.split()),
+                (device.memory_stats() or {}).get("peak_bytes_in_use"),
+            )
+            return {"name": device.device_kind, "is_gpu": True, "cuda": cuda, "peak_bytes": peak}
+    elif backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+            return {"name": name, "is_gpu": True, "cuda": torch.version.cuda, "peak_bytes": peak}
+    else:
+        import tensorflow as tf
+
+        if gpus := tf.config.list_physical_devices("GPU"):
+            name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+            cuda, peak = (
+                tf.sysconfig.get_build_info().get("cuda_version"),
+                tf.config.experimental.get_memory_info("GPU:0")["peak"],
+            )
+            return {"name": name, "is_gpu": True, "cuda": cuda, "peak_bytes": peak}
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(": ")[2] for line in cpus if line.startswith("model name")), platform.machine())
+    return {"name": name, "is_gpu": False, "cuda": None, "peak_bytes": None}
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------------------
@@ -690,9 +758,10 @@ def create_vit_classifier(
 SCHEMA_VERSION = 1
 WARM_UP, MIN_STEPS = 10, 100  # fewer steps give no 99th percentile worth its name
 
-# Peak dense TFLOP/s by device and number format, at the highest power the maker allows (shared by all its clocks).
+# Peak dense TFLOP/s by device and number format, from NVIDIA's specifications at the highest power and clock that the maker
+# allows. A Jetson calls itself "Orin", which is several modules of different speed: no entry rather than a guess.
 PEAK_TFLOPS = {
-    # Ada AD107, 2560 CUDA cores at 2.37 GHz (115 W), and its 80 tensor cores with float32 accumulation
+    # AD107: 2 x 2560 CUDA cores x 2.37 GHz at 115 W; its 80 tensor cores give twice that with float32 accumulation.
     "NVIDIA GeForce RTX 4050 Laptop GPU": {
         "float32": 12.1,
         "float32+tf32": 12.1,
@@ -712,56 +781,6 @@ def _train_flops_per_image(config: ViTConfig, channels: int, num_classes: int) -
     block = n * 4 * d * inner + 2 * n * n * inner + n * dense([d, *config.transformer_units])
     head = dense([n * d, *config.mlp_head_units, num_classes])
     return 3 * 2 * (n * config.patch_size**2 * channels * d + config.transformer_layers * block + head)
-
-
-def _set_tf32(allowed: bool) -> None:
-    """JAX's and TensorFlow's default is TF32, torch's is not: unless it is set, a comparison compares number formats."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if allowed else "highest")
-    elif backend == "torch":
-        import torch
-
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-    else:
-        import tensorflow as tf
-
-        tf.config.experimental.enable_tensor_float_32_execution(allowed)
-
-
-def _device() -> dict:
-    """The device on which the backend computes by default, and the most bytes its own allocator has held at once so far."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        if (device := jax.devices()[0]).platform != "cpu":
-            cuda, peak = (
-                " ".join(device.client.platform_version.split()),
-                (device.memory_stats() or {}).get("peak_bytes_in_use"),
-            )
-            return {"name": device.device_kind, "is_gpu": True, "cuda": cuda, "peak_bytes": peak}
-    elif backend == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
-            return {"name": name, "is_gpu": True, "cuda": torch.version.cuda, "peak_bytes": peak}
-    else:
-        import tensorflow as tf
-
-        if gpus := tf.config.list_physical_devices("GPU"):
-            name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
-            cuda, peak = (
-                tf.sysconfig.get_build_info().get("cuda_version"),
-                tf.config.experimental.get_memory_info("GPU:0")["peak"],
-            )
-            return {"name": name, "is_gpu": True, "cuda": cuda, "peak_bytes": peak}
-    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(": ")[2] for line in cpus if line.startswith("model name")), platform.machine())
-    return {"name": name, "is_gpu": False, "cuda": None, "peak_bytes": None}
 
 
 def _git(*arguments: str) -> str | None:
@@ -1135,20 +1154,6 @@ class BestWeights(keras.callbacks.Callback):
                 f"\nvit.py: warning: the best weights stay in memory, {self.path} cannot be written ({error})",
                 file=sys.stderr,
             )
-
-
-def _seed_everything(seed: int) -> None:
-    """As keras.utils.set_random_seed, but that imports TensorFlow, for seconds, wherever it is installed."""
-    random.seed(seed)  # Keras' layers and initializers draw their seeds from it
-    np.random.seed(seed)  # the order of the images
-    if keras.backend.backend() == "torch":
-        import torch
-
-        torch.manual_seed(seed)
-    elif keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.random.set_seed(seed)
 
 
 class SeededStart(keras.callbacks.Callback):
