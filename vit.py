@@ -1042,19 +1042,30 @@ def _measure_inference(model: keras.Model, images: np.ndarray, batch_size: int, 
     }
 
 
+def _copies(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
+    """The values, in memory of our own: what Keras gives may be a view of memory that JAX's next step takes over."""
+    return [np.array(ops.convert_to_numpy(variable.value)) for variable in variables]
+
+
+def _put_back(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(
+            ops.copy(value)
+        )  # a copy, as JAX may use a NumPy array's memory, and the next step takes it over
+
+
 def _measure_steps(model: keras.Model, x: np.ndarray, y: np.ndarray, batch_size: int, budget_s: float) -> dict:
     """Time of the first step, which compiles, and of at least MIN_STEPS steady ones; the model is afterwards as before."""
     model.optimizer.build(model.trainable_variables)
     variables = [*model.variables, *model.optimizer.variables]
-    before = [ops.convert_to_numpy(variable.value) for variable in variables]
+    before = _copies(variables)
     whole = max(len(x) // batch_size, 1) * batch_size  # a partial batch would be another shape, and compile again
     timer = StepTimer(budget_s)
     while not model.stop_training:
         model.fit(x[:whole], y[:whole], batch_size=batch_size, verbose=0, callbacks=[timer])
     if rest := len(x) % batch_size:  # compiled now, so that the first epoch is as steady as the others
         model.fit(x[:rest], y[:rest], batch_size=rest, verbose=0)
-    for variable, value in zip(variables, before, strict=True):
-        variable.assign(value)
+    _put_back(variables, before)
     first, *steady = timer.seconds
     return {
         "first_step_s": first,
@@ -1143,7 +1154,7 @@ class BestWeights(keras.callbacks.Callback):
         accuracy = (logs or {}).get("val_accuracy")
         if accuracy is not None and accuracy <= self.accuracy:
             return
-        self.epoch, self.weights = epoch + 1, self.model.get_weights()
+        self.epoch, self.weights = epoch + 1, _copies(self.model.weights)
         if accuracy is not None:
             self.accuracy = accuracy
         try:
@@ -1302,7 +1313,7 @@ def _train_and_measure(
         for part, meter in meters.items()
     }
 
-    model.set_weights(best.weights)
+    _put_back(model.weights, best.weights)
     began = time.perf_counter()
     test = model.evaluate(data.x_test, data.y_test, batch_size=batch_size, verbose=0, return_dict=True)
     if time.perf_counter() - began < budget_s:  # once more, as the first time may have compiled

@@ -18,14 +18,14 @@ MODEL = vit.ViTConfig(image_size=16, patch_size=4, projection_dim=32, transforme
 def test_a_small_vit_learns_handwritten_digits(backend, run_vit, digits, tmp_path):
     """The heart: 90 % of the test digits right, and the file holds the very weights that were judged."""
     checkpoint = tmp_path / "new" / "digits.weights.h5"
-    flags = f"{SMALL} --batch-size 32 --learning-rate 0.003 --num-epochs 25 --keras-backend {backend}"
+    flags = f"{SMALL} --batch-size 32 --learning-rate 0.003 --num-epochs 20 --keras-backend {backend}"
     run = run_vit(*flags.split(), "--dataset", str(digits), "--checkpoint-path", str(checkpoint))
     assert run.status == 0, run
     accuracy = float(re.search(r"test accuracy ([\d.]+)", run.stdout)[1])
     assert accuracy >= 0.9, run.stdout
     assert (
         f"{backend} " in run.stdout.splitlines()[0]
-        and len(re.findall(r"^Epoch \d+/25", run.stdout, re.MULTILINE)) == 25
+        and len(re.findall(r"^Epoch \d+/20", run.stdout, re.MULTILINE)) == 20
     )
     assert [path.name for path in checkpoint.parent.iterdir()] == ["digits.weights.h5"]
 
@@ -41,13 +41,13 @@ def test_a_small_vit_learns_handwritten_digits(backend, run_vit, digits, tmp_pat
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_the_same_seed_gives_the_same_numbers(backend, run_vit, digits):
     def numbers(seed: int) -> list[str]:
-        flags = f"--no-use-wandb {TINY} --num-epochs 2 --seed {seed} --keras-backend {backend} --checkpoint-path a.weights.h5"
+        flags = f"--no-use-wandb {TINY} --num-epochs 1 --seed {seed} --keras-backend {backend} --checkpoint-path a.weights.h5"
         run = run_vit(*flags.split(), "--dataset", str(digits))
         assert run.status == 0, run
         return re.findall(r"(?:loss|accuracy):? ([\d.]+)", run.stdout)
 
     first = numbers(1)
-    assert len(first) >= 12 and numbers(1) == first and numbers(2) != first
+    assert len(first) >= 8 and numbers(1) == first and numbers(2) != first
 
 
 def test_the_default_model_has_the_published_size_and_loads_again(tmp_path):
