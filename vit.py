@@ -453,6 +453,9 @@ def load_dataset(config: ViTConfig) -> Dataset:
         arrays = _read_npz(Path(config.dataset))
     x, y, x_test, y_test = (arrays[name] for name in ARRAY_NAMES)
     train, val = _stratified_split(y, config.validation_split, config.seed)
+    _require(
+        len(train) > 0, f"--validation-split {config.validation_split} leaves none of the {len(y)} images for training"
+    )
     num_classes = int(max(y.max(), y_test.max())) + 1
     return Dataset(x[train], y[train], x[val], y[val], x_test, y_test, num_classes)
 

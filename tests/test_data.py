@@ -92,6 +92,12 @@ def test_the_validation_part_is_stratified_seeded_and_disjoint():
     assert len(vit._stratified_split(labels, 0.0, seed=3)[1]) == 0
 
 
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(tmp_path):
+    np.savez(tmp_path / "own.npz", **arrays())
+    with pytest.raises(vit.ExperimentError, match="leaves none of the 20 images"):
+        vit.load_dataset(vit.ViTConfig(dataset=str(tmp_path / "own.npz"), validation_split=0.99))
+
+
 def test_synthetic_images_are_the_same_everywhere_and_shaped_as_cifar100():
     first, second = (vit.load_dataset(vit.ViTConfig(dataset="synthetic")) for _ in range(2))
     assert first.image_shape == (32, 32, 3) and first.num_classes == 100 and first.x_train.dtype == np.uint8
