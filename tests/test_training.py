@@ -38,10 +38,11 @@ def test_a_small_vit_learns_handwritten_digits(backend, run_vit, digits, tmp_pat
         assert np.mean(found == data["y_test"]) == pytest.approx(accuracy, abs=0.003)
 
 
-@pytest.mark.parametrize("backend", INSTALLED)
-def test_the_same_seed_gives_the_same_numbers(backend, run_vit, digits):
+def test_the_same_seed_gives_the_same_numbers(run_vit, digits):
+    """On every backend: test_faults.py, where a run that was killed ends as one that was not."""
+
     def numbers(seed: int) -> list[str]:
-        flags = f"--no-use-wandb {TINY} --num-epochs 1 --seed {seed} --keras-backend {backend} --checkpoint-path a.weights.h5"
+        flags = f"--no-use-wandb {TINY} --num-epochs 1 --seed {seed} --checkpoint-path a.weights.h5"
         run = run_vit(*flags.split(), "--dataset", str(digits))
         assert run.status == 0, run
         return re.findall(r"(?:loss|accuracy):? ([\d.]+)", run.stdout)
@@ -117,9 +118,10 @@ def test_the_best_epoch_is_kept_whole_even_where_it_cannot_be_written(tmp_path, 
 
 
 def test_a_run_that_diverges_still_leaves_its_results(run_vit, tmp_path):
-    """A loss that is not a number is null in the results, and no traceback ends the run."""
-    flags = f"--dataset synthetic --no-use-wandb {TINY} --learning-rate 1e30 --num-epochs 1"
+    """One line that says at which step, a status of its own, and a results file that says why it is not complete."""
+    flags = f"--dataset synthetic --no-use-wandb {TINY} --learning-rate 1e30 --num-epochs 2"
     run = run_vit(*flags.split(), "--checkpoint-path", "a.weights.h5")
-    assert run.status == 0 and "test accuracy" in run.stdout, run
+    assert run.status == 4 and run.stderr.count("\n") == 1 and "from step 2 of epoch 1 on" in run.stderr, run
     (file,) = (tmp_path / "results").iterdir()
-    assert json.loads(file.read_text())["quality"]["epochs"][0]["loss"] is None
+    results = json.loads(file.read_text())
+    assert results["status"] == "failed" and "not a finite number" in results["failure"]

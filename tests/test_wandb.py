@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import TINY
@@ -14,9 +15,8 @@ import vit
 RUN = f"--dataset synthetic {TINY} --num-epochs 2 --checkpoint-path a.weights.h5"
 
 
-def records(folder) -> list[dict]:
-    """Every record of an offline run, as W&B's own reader gives them."""
-    (run,) = (folder / "wandb").glob("offline-run-*")
+def records(run: Path) -> list[dict]:
+    """Every record in the folder of a W&B run, as W&B's own reader gives them."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -26,7 +26,8 @@ def test_an_offline_run_holds_everything(run_vit, tmp_path):
     """No key and no terminal: the run goes offline, says so in one line, and its file holds all that was logged."""
     run = run_vit(*RUN.split(), '--wandb-tags=["edge", "test"]', "--wandb-run-name", "named")
     assert run.status == 0 and run.stderr.count("vit.py: warning: W&B logs offline: no API key") == 1, run
-    told = records(tmp_path)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    told = records(folder)
     start = next(record["run"] for record in told if record["type"] == "run")
     assert (start["project"], start["tags"], start["display_name"]) == (
         "keras3_edge_baseline",
@@ -73,4 +74,4 @@ def test_a_key_that_does_not_work_never_costs_the_run(key, run_vit, tmp_path):
     assert (
         run.status == 0 and "vit.py: warning: W&B logs offline" in run.stderr and "SWEEP SEES NOTHING" in run.stderr
     ), run
-    assert list((tmp_path / "wandb").glob("offline-run-*")) and time.perf_counter() - started < 90
+    assert list((tmp_path / "wandb").glob("offline-run-*")) and time.perf_counter() - started < 240
