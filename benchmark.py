@@ -2,6 +2,7 @@
 
     python benchmark.py                                              # every installed backend, 3 runs each
     python benchmark.py --backends jax torch --repeats 5 -- --dataset synthetic --num-epochs 2
+    python benchmark.py --backends jax native-jax torch native-torch # what Keras costs: peers/ does the same without it
     python benchmark.py --report results-orin results-desktop        # no new runs: compare what is there
     python benchmark.py --help
 
@@ -42,9 +43,13 @@ from pathlib import Path
 
 VIT = Path(__file__).with_name("vit.py")
 BACKENDS = ("jax", "torch", "tensorflow")  # a Keras backend and the Python package behind it have the same name
+PEERS = {  # hand-written programs for the same training, to show what Keras costs, and the packages that they need
+    "native-jax": (VIT.parent / "peers" / "native_jax.py", ("jax", "optax")),
+    "native-torch": (VIT.parent / "peers" / "native_torch.py", ("torch",)),
+}
 OURS = ("--keras-backend", "--results-dir", "--checkpoint-path")  # the flags of vit.py that are set here
 STOP_S = 10.0  # seconds that a run has to end after SIGTERM
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NONE = "–"  # a figure that could not be measured; never a 0
 
 
@@ -105,6 +110,8 @@ def read_results(folders: Iterable[Path]) -> list[Run]:
             continue
         if (version := document.get("schema_version")) != SCHEMA_VERSION:
             _warn(f"{path} has schema version {version!r}; this program reads {SCHEMA_VERSION}")
+        elif document.get("status") != "complete":
+            _warn(f"{path} is of a run that is not complete ({document.get('failure')})")
         elif not isinstance(document["what"].get("backend"), str):
             _warn(f"{path} names no backend")
         elif text in runs:  # a copy of a run is not another run, and would narrow the spread
@@ -199,7 +206,7 @@ def _read_new(out: Path, known: set[Path]) -> Run | None:
 
 
 def _run_once(backend: str, flags: Sequence[str], out: Path, log: Path) -> int:
-    """Run vit.py to its end and return its exit status. Stdout goes to `log`, stderr to its neighbour."""
+    """Run vit.py, or a peer, to its end and return its exit status. Stdout goes to `log`, stderr to its neighbour."""
     log.parent.mkdir(exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="checkpoint-", dir=out) as scratch,
@@ -207,10 +214,12 @@ def _run_once(backend: str, flags: Sequence[str], out: Path, log: Path) -> int:
         _stderr_log(log).open("wb") as stderr,
     ):
         checkpoint = Path(scratch) / "best.weights.h5"
-        ours = ["--keras-backend", backend, "--results-dir", str(out), "--checkpoint-path", str(checkpoint)]
+        script = PEERS[backend][0] if backend in PEERS else VIT
+        ours = ["--keras-backend", _package(backend), "--results-dir", str(out), "--checkpoint-path", str(checkpoint)]
         child = subprocess.Popen(
-            [sys.executable, str(VIT), *flags, *ours],
-            env={**os.environ, "KERAS_BACKEND": backend},  # the variable wins over the flag
+            # compile_s is to be the time of a compilation, not of reading what an earlier run has kept
+            [sys.executable, str(script), "--no-compile-cache", *flags, *ours],
+            env={**os.environ, "KERAS_BACKEND": _package(backend)},  # the variable wins over the flag
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
@@ -225,6 +234,11 @@ def _run_once(backend: str, flags: Sequence[str], out: Path, log: Path) -> int:
                 child.kill()
                 child.wait()
             raise
+
+
+def _package(backend: str) -> str:
+    """The Python package behind a backend or a peer."""
+    return PEERS[backend][1][0] if backend in PEERS else backend
 
 
 def _stderr_log(log: Path) -> Path:
@@ -608,8 +622,10 @@ def _provenance(group: list[Run], backends: dict[str, list[Run]]) -> list[str]:
         return NONE if (value := first.number(f"what/{path}")) is None else f"{value:,.0f}"
 
     device, node, mode = first.device
-    packages = [f"{name} {_distinct(runs, f'what/versions/{name}')}" for name, runs in backends.items()]
-    common = [f"{name} {_distinct(group, f'what/versions/{name}')}" for name in ("Python", "Keras", "CUDA")]
+    packages = [f"{name} {_distinct(runs, f'what/versions/{_package(name)}')}" for name, runs in backends.items()]
+    common = [
+        f"{name} {_distinct(_with(name, group), f'what/versions/{name}')}" for name in ("Python", "Keras", "CUDA")
+    ]
     commits = dict.fromkeys(_commit(run) for run in group)
     config = {name: of(f"config/{name}") for name in first.get("what/config") or {}}
     model = [f"{name} {config.get(name, NONE)}" for name in ("image_size", "patch_size", "projection_dim", "num_heads")]
@@ -633,6 +649,11 @@ def _provenance(group: list[Run], backends: dict[str, list[Run]]) -> list[str]:
     return lines + _notes(group, backends)
 
 
+def _with(name: str, runs: Sequence[Run]) -> Sequence[Run]:
+    """The runs for which a version means something: a peer has no Keras."""
+    return [run for run in runs if run.backend not in PEERS] if name == "Keras" else runs
+
+
 def _commit(run: Run) -> str:
     commit = _plain(run.get("what/git_commit"))[:12]
     return ("commit " + commit if commit != NONE else "commit unknown") + (
@@ -645,11 +666,12 @@ def _notes(group: list[Run], backends: dict[str, list[Run]]) -> list[str]:
     notes = []
     for path in NOTED:
         told = {name: _distinct(runs, f"what/{path}") for name, runs in backends.items()}
-        if len({_plain(run.get(f"what/{path}")) for run in group}) > 1:
+        meant = _with(path.rpartition("/")[2], group)
+        if len({_plain(run.get(f"what/{path}")) for run in meant}) > 1:
             by_name = "; ".join(f"{name} {value}" for name, value in told.items())
             notes.append(f"Note: the runs differ in {path.rpartition('/')[2]}: {by_name}")
     for name, runs in backends.items():
-        for path in (*NOTED_WITHIN_A_BACKEND, f"versions/{name}"):
+        for path in (*NOTED_WITHIN_A_BACKEND, f"versions/{_package(name)}"):
             values = _distinct(runs, f"what/{path}")
             if len({_plain(run.get(f"what/{path}")) for run in runs}) > 1:
                 notes.append(
@@ -747,7 +769,8 @@ def _flat(value: dict, prefix: str = "") -> dict:
 
 # Okabe and Ito's colours, which people with any of the usual colour-blindnesses tell apart.
 COLOURS = {"jax": "#0072B2", "torch": "#D55E00", "tensorflow": "#009E73"}
-OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9")
+COLOURS |= {"native-jax": "#56B4E9", "native-torch": "#E69F00"}
+OTHER_COLOURS = ("#CC79A7", "#F0E442", "#000000")
 
 
 def draw(path: Path, runs: Sequence[Run], baseline: str | None) -> None:
@@ -908,7 +931,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--backends", nargs="+", metavar="NAME", help="default: those of jax, torch, tensorflow that are installed"
+        "--backends",
+        nargs="+",
+        metavar="NAME",
+        help="jax, torch, tensorflow (default: those that are installed), native-jax, native-torch",
     )
     parser.add_argument(
         "--repeats", type=int, metavar="N", help="runs of each backend (default: 3); words need 2 or more"
@@ -945,10 +971,11 @@ def _check_for_running(args: argparse.Namespace) -> None:
     if not args.backends:
         raise BenchmarkError(f"no backend is installed: pip install one of {', '.join(BACKENDS)}")
     for name in args.backends:
-        if name not in BACKENDS:
-            raise BenchmarkError(f"--backends: {name!r} is none of {', '.join(BACKENDS)}")
-        if not _is_installed(name):
-            raise BenchmarkError(f"--backends: {name} is not installed")
+        if name not in (*BACKENDS, *PEERS):
+            raise BenchmarkError(f"--backends: {name!r} is none of {', '.join((*BACKENDS, *PEERS))}")
+        for package in PEERS[name][1] if name in PEERS else [name]:
+            if not _is_installed(package):
+                raise BenchmarkError(f"--backends: {package} is not installed")
     args.baseline = args.baseline or args.backends[0]
     if args.baseline not in args.backends:
         raise BenchmarkError(f"--baseline: {args.baseline!r} is none of the backends {', '.join(args.backends)}")
@@ -989,7 +1016,7 @@ def benchmark(args: argparse.Namespace, flags: Sequence[str]) -> int:
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise BenchmarkError(f"--out: the folder {out} cannot be written ({error.strerror or error})") from error
-    if "jax" in args.backends and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if {"jax", "native-jax"} & set(args.backends) and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         _warn(
             "JAX_COMPILATION_CACHE_DIR is set: JAX may load what it compiled before, and its compile time say nothing"
         )

@@ -19,7 +19,9 @@ import vit
 TINY = "--image-size 16 --patch-size 8 --projection-dim 8 --transformer-layers 1 --mlp-head-units 8 --batch-size 256"
 TINY += " --dataset synthetic --num-epochs 2 --measure-seconds 0.1"
 BASE = {
-    "schema_version": 1,
+    "schema_version": 2,
+    "status": "complete",
+    "failure": None,
     "what": {
         "started": "2026-01-01T00:00:00+00:00",
         "node": "bench",
@@ -105,7 +107,7 @@ def start(*arguments, environment: dict | None = None, **options) -> subprocess.
 def run(*arguments, **options) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of `python benchmark.py ARGUMENTS`."""
     process = start(*arguments, **options)
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=600)
     return process.returncode, stdout, stderr
 
 
@@ -173,6 +175,15 @@ def test_what_was_not_measured_is_never_a_zero(write, tmp_path):
     assert "peak memory: not compared" in told
 
 
+def test_a_peer_is_compared_with_keras_and_its_lack_of_keras_is_no_difference(write, tmp_path):
+    versions = {"Python": "3.11.7", "jax": "0.10", "optax": "0.2", "CUDA": "13.0"}
+    rates(write, "jax", 90, 91)
+    rates(write, "native-jax", 100, 101, **{"what/versions": versions})
+    told = report(tmp_path)
+    assert "native-jax trained 1.11× as fast as jax" in told and "Note:" not in told
+    assert "Software: Python 3.11.7, Keras 3.15.1, CUDA 13.0, jax 0.10, native-jax 0.10" in told
+
+
 @pytest.mark.parametrize(
     ("path", "value", "reason"),
     [
@@ -217,16 +228,16 @@ def test_devices_have_tables_of_their_own_and_one_backend_is_compared_across_the
 
 def test_broken_and_foreign_files_cost_a_line_and_a_copy_counts_once(write, tmp_path, capsys):
     original = write("jax")
-    (tmp_path / "broken.json").write_text('{"schema_version": 1, "what": {')
+    (tmp_path / "broken.json").write_text('{"schema_version": 2, "what": {')
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "later.json").write_text('{"schema_version": 2, "what": {"backend": "jax"}}')
+    (tmp_path / "later.json").write_text('{"schema_version": 3, "what": {"backend": "jax"}}')
     (tmp_path / "other.json").write_text('[{"name": "x"}]')
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "copy.json").write_text(original.read_text())
     assert [run.path.name for run in benchmark.read_results([tmp_path])] == [original.name]
     told = capsys.readouterr().err
     assert told.count("benchmark.py: warning: ") == told.count("\n") == 4
-    assert told.count("cannot be read") == 2 and "schema version 2" in told and "counts once" in told
+    assert told.count("cannot be read") == 2 and "schema version 3" in told and "counts once" in told
 
 
 def test_the_report_comes_as_markdown_csv_and_picture(write, tmp_path):
@@ -300,8 +311,8 @@ def test_wandb_is_off_unless_the_flags_speak_of_it():
 
 
 def test_backends_run_and_are_reported(tmp_path):
-    """Real runs, with another backend in the environment; nothing but results, logs and the report stays."""
-    backends = INSTALLED[-2:]
+    """Real runs, with another backend in the environment, one of them of a hand-written peer; nothing else stays."""
+    backends = [INSTALLED[-1], "native-jax"]
     out = tmp_path / "out"
     flags = ["--backends", *backends, "--repeats", 1, "--out", out, "--", *TINY.split()]
     status, stdout, _ = run(*flags, environment={"KERAS_BACKEND": INSTALLED[0]}, cwd=tmp_path)
@@ -345,11 +356,11 @@ def test_ctrl_c_reports_what_has_finished(tmp_path):
     out = tmp_path / "out"
     backend = "torch" if "torch" in INSTALLED else INSTALLED[0]  # torch compiles nothing, and is done soonest
     process = start("--backends", backend, "--repeats", 2, "--out", out, "--", *TINY.split(), "--measure-seconds", "0")
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not list(out.glob("logs/*-2-*.log")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, (stdout, stderr)
     assert len(benchmark.read_results([out])) == 1 and (out / "report.md").exists()
     assert f"Runs: 1 (1 {backend})" in stdout and "stopped by SIGINT" in stdout
