@@ -1,0 +1,382 @@
+"""Promises about sweeps: what is drawn can be run, what is run arrives at W&B, and the launchers say what they do."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import INSTALLED, ROOT
+
+pytest.importorskip("sweeps", reason="W&B's own library of sweeps, which make test installs")
+
+import sweeps
+from sweeps.random_search import random_search_next_runs
+from wandb_server import ENTITY, PROJECT, WandbServer
+
+import sweep as sweep_py
+import vit
+
+KEY = "0123456789abcdef" * 3
+GIB = 2**30
+# The memory that a trial may take. ook: the RTX 4050. ojo: half of what the smaller Orin shares between CPU and GPU.
+MEMORY_BYTES = {"ook": 6 * GIB, "ojo": 16 * GIB}
+LAUNCHERS = ("ook", "ojo")
+FILES = ["run_sweep_ook.sh", "run_sweep_ojo.sh", "sweep.sh", "sweep.py", "sweep_config.json"]
+DOCKERFILES = [f"Dockerfile.{device}.{backend}" for device in LAUNCHERS for backend in ("jax", "pytorch")]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The test's own environment with this Python first on PATH, and none of the settings that a sweep reads."""
+    env = {name: value for name, value in os.environ.items() if name not in ("KERAS_BACKEND", "VIT_DEVICE")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env["OMP_NUM_THREADS"] = "1"  # on few cores torch's threads wait for each other: 350 ms a step against a few
+    return env | {"WANDB_API_KEY": KEY, "WANDB_ENTITY": ENTITY, "WANDB_PROJECT": PROJECT} | more
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A folder with what the launchers need: they change into their own, and write results there."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in [*FILES, "vit.py"]:
+        shutil.copy(ROOT / name, folder / name)
+    for name in DOCKERFILES:
+        (folder / name).touch()
+    return folder
+
+
+def launch(folder: Path, device: str, *arguments: str, env: dict | None = None) -> subprocess.CompletedProcess:
+    command = [str(folder / f"run_sweep_{device}.sh"), *arguments]
+    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 120}
+    return subprocess.run(command, cwd=folder.parent, env=env or environment(), **options)
+
+
+def shipped_config(device: str, backend: str = "jax") -> dict:
+    """The sweep as the launcher makes it, from the command that it prints."""
+    done = launch(ROOT, device, backend, "--no-docker", "--dry-run")
+    words = shlex.split(next(line for line in done.stdout.splitlines() if " create " in line))
+    return sweep_py.sweep_config(device, backend, json.loads(words[words.index("--parameters") + 1]), [])
+
+
+@pytest.mark.parametrize("device", LAUNCHERS)
+def test_the_configuration_is_valid_and_every_trial_drawn_from_it_can_be_run(device, tmp_path, monkeypatch):
+    """W&B's own validator; 1,000 trials drawn by W&B's own library are models that can be built, within the device's memory."""
+    monkeypatch.chdir(ROOT)
+    config = shipped_config(device)
+    assert sweeps.schema_violations_from_proposed_config(config) == []
+    assert set(config["parameters"]) <= set(vit.ViTConfig.__dataclass_fields__)
+    assert config["project"] == vit.ViTConfig().wandb_project
+    monkeypatch.chdir(tmp_path)
+    drawn = [
+        {name: item["value"] for name, item in run.config.items()} for run in random_search_next_runs(config, n=1000)
+    ]
+    for values in drawn:
+        trial = vit.ViTConfig(**values, checkpoint_path=tmp_path / "a.weights.h5")
+        trial.check()
+        assert trial.image_size % trial.patch_size == 0, f"{values} cuts pixels off"
+        assert vit.train_memory_bytes(trial) < MEMORY_BYTES[device], values
+    for name in ("batch_size", "projection_dim", "transformer_layers"):  # the draw reaches what is largest
+        assert max(values[name] for values in drawn) == max(config["parameters"][name]["values"])
+
+
+def test_the_jetson_draws_from_less(monkeypatch):
+    """Widths, depths, images, batches and epochs of ojo lie within ook's, and nothing else differs."""
+    monkeypatch.chdir(ROOT)
+    ook, ojo = (shipped_config(device)["parameters"] for device in LAUNCHERS)
+
+    def largest(parameter: dict) -> int:
+        return max(parameter.get("values") or [parameter["value"]])
+
+    narrowed = {name for name in ook if ook[name] != ojo[name]} - {"node_name"}
+    assert narrowed == {"batch_size", "projection_dim", "transformer_layers", "image_size", "num_epochs"}
+    assert all(largest(ojo[name]) < largest(ook[name]) for name in narrowed)
+
+
+DRY_RUNS = """\
++ docker build -f Dockerfile.ook.jax -t vit:ook-jax .
++ docker run --rm --init --name vit-sweep-ook-jax -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-jax python sweep.py create --device ook --backend jax --parameters '{}' -- --num-epochs 1
++ docker run --rm --init --name vit-sweep-ook-jax -v FOLDER:/app --gpus all -e SWEEP_LEDGER=results/sweep-ID.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-jax python -m wandb agent --count 3 edge-team/edge-project/ID
++ docker build -f Dockerfile.ook.pytorch -t vit:ook-pytorch .
++ docker run --rm --init --name vit-sweep-ook-pytorch -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-pytorch python sweep.py create --device ook --backend pytorch --parameters '{}' -- --num-epochs 1
++ docker run --rm --init --name vit-sweep-ook-pytorch -v FOLDER:/app --gpus all -e SWEEP_LEDGER=results/sweep-ID.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-pytorch python -m wandb agent --count 3 edge-team/edge-project/ID
+---
++ docker build -f Dockerfile.ojo.pytorch -t vit:ojo-pytorch .
++ docker run --rm --init --name vit-sweep-ojo-pytorch -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ojo-pytorch python sweep.py join a/b/c --device ojo --backend pytorch
++ docker run --rm --init --name vit-sweep-ojo-pytorch -v FOLDER:/app --runtime nvidia -e SWEEP_LEDGER=results/sweep-c.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ojo-pytorch python -m wandb agent a/b/c
+"""
+
+
+def test_a_dry_run_prints_every_command_and_changes_nothing(checkout):
+    before = sorted(checkout.rglob("*"))
+    (checkout.parent / "bin").mkdir()
+    fake = checkout.parent / "bin" / "docker"
+    fake.write_text("#!/bin/sh\necho a dry run calls docker >&2; exit 9\n")
+    fake.chmod(0o755)
+    env = environment()
+    env["PATH"] = f"{fake.parent}:{env['PATH']}"
+    ook = launch(checkout, "ook", "--dry-run", "--count", "3", "--", "--num-epochs", "1", env=env)
+    ojo = launch(checkout, "ojo", "pytorch", "--dry-run", "--sweep", "a/b/c", env=env)
+    assert (ook.returncode, ook.stderr, ojo.returncode, ojo.stderr) == (0, "", 0, "")
+    assert (ook.stdout + "---\n" + ojo.stdout).replace(str(checkout), "FOLDER") == DRY_RUNS
+    assert sorted(checkout.rglob("*")) == before
+    assert KEY not in ook.stdout + ojo.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["tensorflow"], "unknown argument 'tensorflow' (see --help)"),
+        (["jax", "both"], "one of jax, pytorch and both, not several"),
+        (["--count", "0"], "--count must be a positive number, not '0'"),
+        (["--count"], "--count needs a value"),
+        (["jax", "--sweep", "abc"], "--sweep must be ENTITY/PROJECT/ID, not 'abc'"),
+        (["--sweep", "a/b/c"], "--sweep belongs to one backend: say jax or pytorch"),
+        (["jax", "--sweep", "a/b/c", "--", "--num-epochs", "1"], "--sweep joins a sweep as it is: no flags after --"),
+    ],
+)
+def test_a_wrong_argument_is_refused_in_one_line(arguments, message, checkout):
+    done = launch(checkout, "ook", *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"run_sweep_ook.sh: error: {message}\n")
+
+
+def test_everything_that_is_missing_is_said_in_a_line_of_its_own(checkout):
+    """On a machine with neither docker nor python nor settings nor files; in a dry run, too, which then goes on."""
+    tools = checkout.parent / "tools"
+    tools.mkdir()
+    for name in ("bash", "basename", "dirname", "tr"):
+        (tools / name).symlink_to(shutil.which(name))
+    for name in [*DOCKERFILES, "sweep_config.json"]:
+        (checkout / name).unlink()
+    bare = {"PATH": str(tools), "WANDB_MODE": "offline"}
+
+    def lines(done: subprocess.CompletedProcess) -> list[str]:
+        return [line.partition(": missing: ")[2] for line in done.stderr.splitlines()]
+
+    settings = [
+        "WANDB_API_KEY: put it into .env (a copy of .env.example) or the environment",
+        "WANDB_ENTITY, the W&B user or team: put it into .env or the environment",
+        "W&B online: WANDB_MODE is offline, and a sweep needs its server",
+        "sweep_config.json, the configuration of the sweep",
+    ]
+    docker = ["docker: install it, or use --no-docker", "Dockerfile.ojo.pytorch", "Dockerfile.ojo.jax"]
+    done = launch(checkout, "ojo", env=bare)
+    assert (done.returncode, done.stdout, lines(done)) == (2, "", settings + docker)
+    done = launch(checkout, "ook", "jax", "--no-docker", env=bare)
+    python = "python on PATH: activate an environment, or leave out --no-docker"
+    assert (done.returncode, lines(done)) == (2, [*settings, python])
+    dry = launch(checkout, "ojo", "--dry-run", env=bare)
+    assert dry.returncode == 0 and lines(dry) == settings + docker and dry.stdout.count("+ docker") == 6
+
+    (checkout / ".env").write_text("WANDB_API_KEY='k' # mine\nexport WANDB_ENTITY=me # or you\nWANDB_MODE=offline\n")
+    done = launch(checkout, "ook", "jax", "--no-docker", env=bare | {"WANDB_MODE": "online"})
+    assert lines(done) == [settings[3], python], "what .env gives is not missing, and the environment wins over it"
+
+    (tools / "docker").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "docker").chmod(0o755)
+    daemon = "the docker daemon: it does not run, or this user may not use it (try: docker info)"
+    assert daemon in lines(launch(checkout, "ook", env=bare))
+    (tools / "python").symlink_to(shutil.which("false"))
+    done = launch(checkout, "ook", "--no-docker", env=bare)
+    assert f"wandb in {tools}/python: pip install -c constraints.txt wandb" in lines(done)
+
+
+def test_flags_become_constants_of_the_sweep():
+    flags = "--num-epochs 1 --no-tf32 --mlp-head-units 8 4 --dataset=synthetic --wandb-tags a --use_wandb=True"
+    assert sweep_py.constants(flags.split()) == {
+        "num_epochs": 1,
+        "tf32": False,
+        "mlp_head_units": [8, 4],
+        "dataset": "synthetic",
+        "wandb_tags": "a",
+        "use_wandb": True,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# End to end: the real launcher, W&B's real client and agent, real trainings; only the server is ours.
+# ----------------------------------------------------------------------------------------------------------------------
+
+TINY = "--image-size 16 --patch-size 4 --projection-dim 32 --transformer-layers 1 --mlp-head-units=[32] --measure-seconds 0"
+end_to_end = pytest.mark.end_to_end
+
+
+@pytest.fixture
+def server():
+    server = WandbServer()
+    yield server
+    server.close()
+
+
+class Launched:
+    """A launcher in a session of its own, without a terminal; its lines are read as they come."""
+
+    def __init__(self, folder: Path, server: WandbServer, device: str, *arguments: str, **env: str):
+        env = environment(WANDB_BASE_URL=server.url, **env)
+        command = [str(folder / f"run_sweep_{device}.sh"), *arguments]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, env=env, text=True, start_new_session=True, **pipes)
+        self.lines: list[str] = []
+        self.started = time.monotonic()
+        self.on_line = lambda line: None
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            print(f"{time.monotonic() - self.started:6.1f} s  {line}", end="")  # pytest shows it when the test fails
+            self.on_line(line)
+
+    def wait(self, timeout: float = 600) -> int:
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGINT)
+            raise AssertionError("\n".join(self.lines)) from None
+        self.reader.join(10)
+        return status
+
+    def wait_for(self, condition, timeout: float = 300) -> None:
+        ends = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < ends and self.process.poll() is None, "\n".join(self.lines)
+            time.sleep(0.1)
+
+
+def processes(of: Path) -> list[str]:
+    """The command lines of all processes that were started in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink() == of:
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def in_another_thread(function, *arguments, after: float = 0.0) -> None:
+    timer = threading.Timer(after, function, arguments)
+    timer.daemon = True
+    timer.start()
+
+
+@end_to_end
+@pytest.mark.skipif("torch" not in INSTALLED, reason="torch is not installed")
+def test_a_sweep_from_end_to_end(checkout, server, digits):
+    """Five trials: one complete, one that cannot be built, one that Hyperband stops, one during whose training the server
+    goes away for a while, and one for which it is away from the start. Then another launcher joins with one more."""
+    server.change = {1: {"patch_size": 400}, 2: {"num_epochs": 5000}, 3: {"num_epochs": 100}}
+    server.stop_after = {2: 2}
+    server.on_run = lambda run: run["n"] == 4 and in_another_thread(server.go_away, after=0.5)
+
+    def go_away_and_come_back(line: str) -> None:
+        if line == "Epoch 5/100\n":
+            in_another_thread(server.go_away)
+            in_another_thread(server.come_back, after=10)
+        elif "W&B logs offline" in line:
+            in_another_thread(server.come_back)
+
+    flags = [*TINY.split(), "--num-epochs", "3", "--dataset", str(digits)]
+    flags += ["--checkpoint-path", str(checkout / "best.weights.h5")]
+    patience = {"WANDB_HTTP_TIMEOUT": "5"}  # seconds, while the server is away
+    launched = Launched(checkout, server, "ook", "pytorch", "--no-docker", "--count", "5", "--", *flags, **patience)
+    launched.on_line = go_away_and_come_back
+    seen: set[str] = set()
+    while launched.process.poll() is None:
+        seen.update(processes(checkout))
+        time.sleep(0.5)
+    assert launched.wait() == 1, launched.lines
+    log = "\n".join(launched.lines)
+
+    # What arrived is the file, the device, the backend and the flags, no more.
+    (sweep,) = server.sweeps.values()
+    expected = json.loads((ROOT / "sweep_config.json").read_text()) | {"name": "vit-ook-pytorch"}
+    constants = {"keras_backend": "torch", "node_name": "ook", "num_epochs": 3, "dataset": str(digits)}
+    constants |= {"image_size": 16, "patch_size": 4, "projection_dim": 32, "transformer_layers": 1}
+    constants |= {"mlp_head_units": [32], "measure_seconds": 0, "checkpoint_path": str(checkout / "best.weights.h5")}
+    expected["parameters"] |= {name: {"value": value} for name, value in constants.items()}
+    assert sweep["config"] == expected
+    assert sweep["project"]["name"] == PROJECT and sweep["project"]["entity"]["name"] == ENTITY
+    assert f"{server.url}/{ENTITY}/{PROJECT}/sweeps/sweep1" in log
+
+    # Each run has the values that were sent, its history, and its exit status.
+    complete, unbuildable, stopped, cut_off, offline = (server.runs[name] for name in sweep["runs"])
+    for run in (complete, unbuildable, stopped, cut_off, offline):
+        assert run["sweep"] == "sweep1" and run["project"]["name"] == PROJECT, run
+        assert {name: run["config"].get(name) for name in run["sent"]} == run["sent"]
+    metric = expected["metric"]["name"]
+    for run, epochs in ((complete, 3), (cut_off, 100), (offline, 3)):
+        assert [row["epoch"] for row in run["history"]] == list(range(1, epochs + 1)), run
+        assert all(0 <= row[metric] <= 1 for row in run["history"]) and run["exit"] == 0, run
+        assert 0 <= run["summary"]["test_top-5-accuracy"] <= 1
+    assert "SWEEP SEES NOTHING" in log and server.times_away == 2
+    assert unbuildable["exit"] == 2
+    assert unbuildable["summary"]["failure"] == "--patch-size 400 is larger than --image-size 16"
+    assert 2 <= len(stopped["history"]) < 5000 and stopped["exit"] is not None, stopped
+    assert launched.lines[-2:] == [
+        f"failed: run {unbuildable['name']}, exit status 2",
+        f"sweep {ENTITY}/{PROJECT}/sweep1 (pytorch): 3 finished, 1 stopped early, 1 failed",
+    ]
+
+    # The key was used, and stands nowhere where others can read it.
+    assert server.keys == {KEY}
+    assert any("wandb agent" in line for line in seen) and any("vit.py" in line for line in seen)
+    assert not any(KEY in line for line in seen) and KEY not in log
+    written = [path for path in checkout.rglob("*") if path.is_file()]
+    assert not [path for path in written if KEY.encode() in path.read_bytes()]
+    assert processes(checkout) == []
+
+    # A second machine of the same kind joins; one of another kind would be recorded wrongly, and is refused.
+    path = f"{ENTITY}/{PROJECT}/sweep1"
+    joined = Launched(checkout, server, "ook", "pytorch", "--no-docker", "--sweep", path, "--count", "1")
+    assert joined.wait() == 0, joined.lines
+    assert len(sweep["runs"]) == 6 and server.runs[sweep["runs"][5]]["exit"] == 0 and len(server.sweeps) == 1
+    assert joined.lines[-1] == f"sweep {path} (pytorch): 1 finished, 0 stopped early, 0 failed"
+    for device, backend, reason in (
+        ("ojo", "pytorch", "node_name ook, not ojo"),
+        ("ook", "jax", "keras_backend torch, not jax"),
+    ):
+        refused = Launched(checkout, server, device, backend, "--no-docker", "--sweep", path)
+        assert refused.wait() == 1 and f"the sweep {path} has {reason}" in "\n".join(refused.lines)
+
+
+@end_to_end
+@pytest.mark.skipif("torch" not in INSTALLED, reason="torch is not installed")
+def test_both_backends_one_after_the_other_on_the_jetson_pytorch_first(checkout, server, digits, compiled_steps):
+    flags = [*TINY.split(), "--num-epochs", "1", "--dataset", str(digits)]
+    flags += ["--checkpoint-path", str(checkout / "best.weights.h5")]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled_steps), "KERAS_BACKEND": "jax"}
+    launched = Launched(checkout, server, "ojo", "both", "--no-docker", "--count", "1", "--", *flags, **cache)
+    assert launched.wait() == 0, launched.lines
+    assert [sweep["config"]["name"] for sweep in server.sweeps.values()] == ["vit-ojo-pytorch", "vit-ojo-jax"]
+    first, second = server.runs.values()
+    for run, backend in ((first, "torch"), (second, "jax")):
+        assert (run["config"]["keras_backend"], run["config"]["node_name"], run["exit"]) == (backend, "ojo", 0)
+    assert launched.lines[-2:] == [
+        f"sweep {ENTITY}/{PROJECT}/sweep1 (pytorch): 1 finished, 0 stopped early, 0 failed",
+        f"sweep {ENTITY}/{PROJECT}/sweep2 (jax): 1 finished, 0 stopped early, 0 failed",
+    ]
+
+
+@end_to_end
+def test_ctrl_c_ends_the_run_and_the_agent_cleanly(checkout, server, digits, compiled_steps):
+    """As a terminal does it: SIGINT to the whole foreground process group. What was measured is kept."""
+    server.change = {0: {"num_epochs": 5000}}
+    flags = [*TINY.split(), "--dataset", str(digits), "--checkpoint-path", str(checkout / "best.weights.h5")]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled_steps)}
+    launched = Launched(checkout, server, "ook", "both", "--no-docker", "--", *flags, **cache)
+    launched.wait_for(lambda: any(run["history"] for run in server.runs.values()))
+    os.killpg(launched.process.pid, signal.SIGINT)
+    assert launched.wait(180) == 130, launched.lines
+    assert launched.lines[-1].endswith("(jax): 0 finished, 1 stopped early, 0 failed"), launched.lines
+    (run,) = server.runs.values()
+    assert run["exit"] is not None and len(server.sweeps) == 1
+    assert (checkout / "best.weights.h5").exists() and processes(checkout) == []
