@@ -1037,7 +1037,10 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.reconfigure(errors="replace")  # a console that knows no × shows a ?
     try:
         args, flags = parse(argv)
-        return report_on(args) if args.report else benchmark(args, flags)
+        if args.report:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+            return report_on(args)
+        return benchmark(args, flags)
     except BenchmarkError as error:
         print(f"benchmark.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -3,13 +3,15 @@
     python ratios.py                       # the rows for the CPU, and those for a GPU where there is one
     python ratios.py --devices cpu --runs 3
     python ratios.py --small               # a small model, to see in minutes that everything runs
+    python ratios.py --rows jax-by-hand    # some rows only, by the names that --help lists
     python ratios.py --out DIR             # more runs, where DIR has some
     python ratios.py --report DIR          # no new runs: the table of what is there
 
 The two sides of a row (a backend or a peer, with flags) live at the same time and take turns: while one trains an epoch
 the other one is stopped, and who begins changes from epoch to epoch. So a machine whose speed drifts, as most do, slows
-both. A pair is one epoch of each; a ratio is that of the medians, its range that of the pairs. The first epoch, which
-compiles, does not count. The images are random: they have CIFAR-100's shape, and nothing is learned from them.
+both. A pair is one epoch of each, one right after the other; a row's ratio is the median of its pairs' ratios, and the
+quartiles of these say how far to trust it. The first two epochs do not count: the first compiles and then gives its memory
+back, which the second gets anew. The images are random: they have CIFAR-100's shape, and nothing is learned from them.
 
 Leave the machine alone while it measures. Exit status: 0 a table is written; 2 wrong input; 130 or 143 stopped.
 """
@@ -38,6 +40,7 @@ from benchmark import NONE, VIT, BenchmarkError, Run
 TURNS = VIT.parent / "peers" / "turns.py"
 SMALL = "--image-size 32 --patch-size 8 --projection-dim 32 --transformer-layers 2 --mlp-head-units 128"
 HELP_RUNS = 10
+WARM_UP = 2  # epochs that do not count: see above
 NOT_RUN = "open: not measured"
 
 
@@ -227,6 +230,9 @@ def run_pair(row: Row, device: str, flags: Sequence[str], epochs: int, folder: P
             if failure := sides[-1].failure():
                 return f"{side}: {failure}"
         a, b = sides
+        for side in sides:
+            for _ in range(WARM_UP - 1):
+                side.go_on()
         wall_s: dict[str, list[float]] = {"a": [], "b": []}
         for epoch in range(epochs):
             for name, side in (("a", a), ("b", b)) if epoch % 2 == 0 else (("b", b), ("a", a)):
@@ -245,11 +251,13 @@ def run_suite(suite: Suite, args: argparse.Namespace, out: Path) -> None:
     images = out / f"{suite.device}-images.npz"
     write_images(images, batch_size, steps)
     flags = f"--dataset {images} --batch-size {batch_size} --validation-split {1 / (steps + 1)} "
-    flags += f"--num-epochs {1 + args.epochs} --measure-seconds 0 --no-compile-cache --no-use-wandb "
+    flags += f"--num-epochs {WARM_UP + args.epochs} --measure-seconds 0 --no-compile-cache --no-use-wandb "
     flags += SMALL if args.small else ""
     try:
         for number in range(1, args.runs + 1):
             for row in suite.rows:
+                if args.rows and row.name not in args.rows:
+                    continue
                 before = max((int(path.name) for path in out.glob(f"{suite.device}/{row.name}/*")), default=0)
                 folder, began = out / suite.device / row.name / f"{before + 1:02}", time.perf_counter()
                 failure = run_pair(row, suite.device, flags.split(), args.epochs, folder)
@@ -284,8 +292,8 @@ class Pair:
     turns_s: dict[str, list[float]]
 
     def train_s(self, name: str) -> list[float]:
-        """Seconds of the training part of every epoch but the first, which compiles."""
-        return getattr(self, name).get("time/epoch_s")[1:]
+        """Seconds of the training part of every epoch that counts: the last ones, as many as the turns that were timed."""
+        return getattr(self, name).get("time/epoch_s")[-len(self.turns_s[name]) :]
 
     def images(self) -> int:
         return self.a.get("what/images/train")
@@ -313,6 +321,7 @@ def row_cells(row: Row, pairs: Sequence[Pair]) -> list[str]:
     if not rates["a"]:
         return [NOT_RUN, NONE, NONE, "0"]
     ratios = [x / y for x, y in zip(rates["a"], rates["b"], strict=True)]
+    low, middle, high = np.percentile(ratios, (25, 50, 75))
     a, b = statistics.median(rates["a"]), statistics.median(rates["b"])
     rest = [
         statistics.median(
@@ -321,7 +330,7 @@ def row_cells(row: Row, pairs: Sequence[Pair]) -> list[str]:
         for name in ("a", "b")
     ]
     return [
-        f"{a / b:.2f}× ({min(ratios):.2f}–{max(ratios):.2f})",
+        f"{middle:.2f}× ({low:.2f}–{high:.2f})",
         f"{benchmark._significant(a)} / {benchmark._significant(b)}",
         f"{rest[0]:.1f} / {rest[1]:.1f}",
         f"{len(ratios)} in {len(pairs)} run{'s' * (len(pairs) != 1)}",
@@ -357,7 +366,7 @@ def build_table(out: Path) -> str:
     """The table as Markdown, with what a reader needs to trust it."""
     found = {suite.device: read_suite(suite, out) for suite in (CPU, GPU)}
     rest = "rest of an epoch (validation, files), s"
-    rows = [["what", "bar", "ratio of medians (range over pairs)", "images/s", rest, "n"]]
+    rows = [["what", "bar", "median ratio of the pairs (quartiles)", "images/s", rest, "n"]]
     for suite in (CPU, GPU):
         for row in suite.rows:
             what = f"{suite.device.upper()}: {row.what}"
@@ -386,7 +395,7 @@ def provenance(pairs: Sequence[Pair]) -> list[str]:
         f"Machine: {', '.join(dict.fromkeys(benchmark._device_name(run.device) for run in runs))}",
         f"Software: {', '.join(told)}; {', '.join(dict.fromkeys(map(benchmark._commit, runs)))}",
         f"Model: {first.number('what/num_parameters'):,.0f} parameters, batch {first.get('what/config/batch_size')}; "
-        f"epochs of {images} random images; both sides take turns, and the first epoch of each, which compiles, does not count",
+        f"epochs of {images} random images; both sides take turns, and the first epochs of each do not count",
     ]
 
 
@@ -399,7 +408,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = benchmark.OneLineParser(prog="ratios.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--devices", nargs="+", choices=("cpu", "gpu"), default=["cpu", "gpu"], help="default: both")
     parser.add_argument("--runs", type=int, default=2, metavar="N", help="pairs of processes a row (default: 2)")
-    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="epochs that count in a run (default: 5)")
+    names = [row.name for suite in (CPU, GPU) for row in suite.rows]
+    parser.add_argument("--rows", nargs="+", choices=names, metavar="ROW", help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--epochs", type=int, default=8, metavar="N", help="epochs that count in a run (default: 8)")
     default = f"steps an epoch (default: {CPU.steps} on a CPU, {GPU.steps} on a GPU)"
     parser.add_argument("--steps", type=int, metavar="N", help=default)
     parser.add_argument("--small", action="store_true", help="a small model instead of vit.py's default one")
@@ -439,7 +450,9 @@ def main(argv: Sequence[str]) -> int:
             args.report or args.out or Path("benchmark-results") / f"ratios-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
         )
         status = 0
-        if not args.report:
+        if args.report:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+        else:
             out.mkdir(parents=True, exist_ok=True)
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, benchmark._on_signal)
