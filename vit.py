@@ -1720,9 +1720,13 @@ class BestWeights(keras.callbacks.Callback):
         self.epoch, self.weights = epoch + 1, _copies(self.model.weights)
         if accuracy is not None:
             self.accuracy = accuracy
+        self.write(self.model)
+
+    def write(self, model: keras.Model) -> None:
+        """The weights of `model`, which are the best ones now, into the file."""
         try:
             file = InMemoryFile()
-            self.model.save_weights(file)
+            model.save_weights(file)
             with _replacing(self.path) as scratch:
                 scratch.write_bytes(file.getbuffer())
         except OSError as error:
@@ -2189,6 +2193,8 @@ def _train_and_measure(
         for part, meter in meters.items()
     }
     _put_back(model.weights, best.weights)
+    if not best.path.exists():  # a cleaner of /tmp has been there, or someone between a kill and --resume
+        best.write(model)
     began = time.perf_counter()
     test = model.evaluate(data.x_test, data.y_test, batch_size=batch_size, verbose=0, return_dict=True)
     if time.perf_counter() - began < budget_s:  # once more, as the first time may have compiled

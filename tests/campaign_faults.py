@@ -139,7 +139,7 @@ def kills(count: int, rng: random.Random, folder: Path) -> None:
             assert status in (0, -9), f"run {number} ended with {status} after {time.monotonic() - began:.1f} s: {err}"
             over = status == 0 or bool(complete_in(place))  # killed with the results written, it has nothing left to do
             if over and killed == 0:  # before the kill: does not count, once more from the start
-                for path in [*place.glob("results/*"), place / "a.weights.h5"]:
+                for path in [*place.glob("results/*"), *place.glob("a.*")]:
                     path.unlink()
                 continue
             if over:

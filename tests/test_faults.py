@@ -103,8 +103,10 @@ def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, sta
 
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vit, run_vit, tmp_path):
-    """SIGKILL after two epochs: the same weights bit for bit, the same history, the same test figures."""
-    paths = {name: tmp_path / name / "a.weights.h5" for name in ("whole", "killed")}
+    """SIGKILL after two epochs: the same weights bit for bit, the same history, the same test figures.
+
+    Also where the checkpoint was removed in between, and no epoch is left to write it again."""
+    paths = {name: tmp_path / name / "a.weights.h5" for name in ("whole", "killed", "swept")}
 
     def flags(name: str) -> list[str]:
         return [
@@ -123,11 +125,19 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vi
     assert whole.status == 0 and "starting anew" in whole.stdout, whole
     assert len(list(paths["killed"].parent.glob("a.*.resume.npz"))) == 1
 
-    refused = run_vit(*flags("killed"), "--learning-rate", "0.002") if backend == INSTALLED[0] else None
+    refused = None
+    if backend == INSTALLED[0]:
+        refused = run_vit(*flags("killed"), "--learning-rate", "0.002")
+        shutil.copytree(paths["killed"].parent, paths["swept"].parent)
+        paths["swept"].unlink()
+        assert run_vit(*flags("swept"), "--num-epochs", "2").status == 0
+        assert_same_weights(paths["killed"], paths["swept"])
     resumed = run_vit(*flags("killed"))
     assert resumed.status == 0 and "resume: 2 epochs are done" in resumed.stdout, resumed
-    assert_same_weights(*paths.values())
-    (first,), (second,) = ([json.loads(p.read_text()) for p in paths[n].parent.glob("*.json")] for n in paths)
+    assert_same_weights(paths["whole"], paths["killed"])
+    (first,), (second,) = (
+        [json.loads(p.read_text()) for p in paths[n].parent.glob("*.json")] for n in ("whole", "killed")
+    )
     assert second["what"]["resumed_after_epochs"] == [2]
     assert first["quality"]["epochs"] == second["quality"]["epochs"]
     assert first["quality"]["test"] == second["quality"]["test"]
