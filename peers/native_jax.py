@@ -158,8 +158,8 @@ def attention(params: dict, x, heads: int, rate: float, words):
         on_cudnn = on_gpu and x.dtype != jnp.float32 and dim % 8 == 0
         mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if on_cudnn else None)
     else:  # jax.nn's has no dropout
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(dim)
-        weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x.dtype)
+        # The query is scaled, and not the scores, which are more; the softmax is in the number format of the rest, as Keras'.
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q * dim**-0.5, k))
         mixed = jnp.einsum("bhqk,bkhd->bqhd", dropout(words, weights, rate), v)
     return dense(params["out"], mixed.reshape(batch, tokens, heads * dim))
 
