@@ -30,7 +30,6 @@ import ctypes
 import difflib
 import gc
 import glob
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -350,6 +349,11 @@ def _errors_in_one_line(debug: bool = False) -> Iterator[None]:
     except Interrupted as stop:
         print(f"vit.py: stopped by {_one_line(stop)}", file=sys.stderr)
         sys.exit(128 + stop.signal)
+    except MemoryError as error:  # outside of the training, which says more
+        if debug:
+            traceback.print_exception(error)
+        print(f"vit.py: error: out of memory: the data need too much ({_one_line(error)})", file=sys.stderr)
+        sys.exit(OutOfMemory.exit_status)
     except KeyboardInterrupt:  # before the training, when there is nothing to finish
         sys.exit(128 + signal.SIGINT)
 
@@ -467,9 +471,17 @@ else:  # imported by a test or a notebook, whose command line is not ours
     os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up chatter; must be set before the import
 
+# A Ctrl-C in these seconds has nothing to finish; SIG_IGN is what a shell gives to what runs in the background.
+_handles_sigint = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+if _handles_sigint:
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
 import keras
 import numpy as np
 from keras import layers, ops
+
+if _handles_sigint:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
 _IMPORT_S = time.perf_counter() - _STARTED
@@ -721,6 +733,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             missing = [name for name in ARRAY_NAMES if name not in archive]
             arrays = {} if missing else {name: archive[name] for name in ARRAY_NAMES}
+    except MemoryError as error:
+        raise OutOfMemory(f"{path} is too large for this machine's memory, or damaged ({error})") from error
     except Exception as error:  # zipfile, zlib and numpy between them raise a dozen types for a damaged file
         raise ExperimentError(f"{path} cannot be read as an .npz file ({error or type(error).__name__})") from error
 
@@ -743,13 +757,25 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _modified(path: Path) -> float:
+    """When the file was written, in seconds; 0 if another process has just removed it."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A scratch file beside `path` that takes its place once the block has ended without an error.
 
-    So whatever stands at `path` is whole, old or new, at every instant; nothing is left behind after a failure.
+    So whatever stands at `path` is whole, old or new, at every instant; nothing is left behind after a failure, and what
+    a kill has left goes an hour later. (A process number would not do as the scratch's name: in a container it is always 1.)
     """
-    scratch = path.with_name(f".{os.getpid()}-{path.name}")
+    for left in path.parent.glob(f".????????-{glob.escape(path.name)}"):
+        if time.time() - _modified(left) > 3600:
+            with contextlib.suppress(OSError):
+                left.unlink()
+    scratch = path.with_name(f".{os.urandom(4).hex()}-{path.name}")
     try:
         yield scratch
         with open(scratch, "rb") as written:
@@ -1430,9 +1456,10 @@ class EnergyMeter:
         except Exception as error:  # the sensor is gone, and with it the joules since the last look
             self.failure = self.failure or f"lost during the run ({error})"
 
-    def summary(self, epochs: int, images: int) -> dict:
-        if self.failure:
-            return _no_energy(self.failure)
+    def summary(self, images: int) -> dict:
+        """Figures of the epochs that were measured, one a span and `images` long each: not all, if a run was resumed."""
+        if self.failure or not self.spans:
+            return _no_energy(self.failure or "no epoch was measured")
         joules = seconds = peak_w = 0.0
         for span in self.spans:
             for (then, last), (now, reading) in itertools.pairwise(span):
@@ -1448,8 +1475,8 @@ class EnergyMeter:
         utilization = [r.utilization_percent for r in readings if r.utilization_percent is not None]
         return {
             "source": self.source,
-            "joules_per_epoch": joules / epochs,
-            "joules_per_image": joules / images,
+            "joules_per_epoch": joules / len(self.spans),
+            "joules_per_image": joules / len(self.spans) / images,
             "mean_w": joules / seconds,
             "peak_w": peak_w or None,
             "utilization_percent": statistics.fmean(utilization) if utilization else None,
@@ -1632,7 +1659,10 @@ def _start_wandb(config: ViTConfig, run_id: str | None):
     """
     import wandb
 
-    mode, reason = wandb.setup().settings.mode, None
+    try:
+        mode, reason = wandb.setup().settings.mode, None
+    except Exception as error:  # pydantic's, for a WANDB_... in the environment or .env
+        raise ExperimentError(f"W&B does not take its settings: {error}") from error
     if mode in ("online", "shared"):
         try:
             if not wandb.login(prompt=False):
@@ -1659,15 +1689,15 @@ def _start_wandb(config: ViTConfig, run_id: str | None):
     if reason is None:
         try:
             return wandb.init(mode=mode, **settings)
-        except wandb.errors.Error as error:
-            reason = str(error)
+        except Exception as error:  # W&B's own, or the disk's
+            reason = _one_line(error)
     _warn(f"W&B logs offline: {reason}; upload later with `wandb sync`")
     if os.environ.get("WANDB_SWEEP_ID"):
         _warn("the SWEEP SEES NOTHING of this run: its search and early stopping need it online")
     try:
         return wandb.init(mode="offline", **settings | {"resume": None})
-    except (wandb.errors.Error, OSError) as error:
-        _warn(f"W&B logs nothing: {error}")
+    except Exception as error:
+        _warn(f"W&B logs nothing: {_one_line(error)}")
         return None
 
 
@@ -1750,8 +1780,9 @@ class FiniteLoss(keras.callbacks.Callback):
     ADVICE = "lower --learning-rate, or take another --dtype-policy"
     async_safe = True  # Keras reads the loss in a thread of its own, and no step waits for that
 
-    def __init__(self):
+    def __init__(self, images: np.ndarray):
         super().__init__()
+        self.images = images  # to try the weights on, where there is no validation
         self.step: int | None = None
 
     def on_train_batch_end(self, batch, logs=None):
@@ -1766,8 +1797,11 @@ class FiniteLoss(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._end_if_diverged()
-        if not math.isfinite((logs or {}).get("val_loss", 0.0)):  # the epoch's last step has spoiled the weights
+        # The epoch's last step can have spoiled the weights; its loss, of before, does not tell.
+        if not math.isfinite((logs or {}).get("val_loss", 0.0)):
             raise Diverged(f"the validation loss is not a finite number after epoch {self.epoch}; {self.ADVICE}")
+        if "val_loss" not in (logs or {}) and not np.isfinite(self.model.predict_on_batch(self.images)).all():
+            raise Diverged(f"the model's answers are not finite numbers after epoch {self.epoch}; {self.ADVICE}")
 
     def _end_if_diverged(self) -> None:
         if self.step is not None:
@@ -1786,6 +1820,9 @@ class StopSignals(keras.callbacks.Callback):
         super().__init__()
         self.received: int | None = None
         self.in_epoch = False
+        self.is_finishing = (
+            False  # what there is of the run is being written: the first signal changes nothing any more
+        )
 
     def set_model(self, model):
         super().set_model(model)
@@ -1806,6 +1843,8 @@ class StopSignals(keras.callbacks.Callback):
             os._exit(128 + number)
         self.received = number
         print(f"\nvit.py: {signal.Signals(number).name}: stopping; once more ends it at once", file=sys.stderr)
+        if self.is_finishing:
+            return
         if not self.in_epoch:
             raise Interrupted(number)
         self.running.stop_training = True
@@ -1833,7 +1872,8 @@ class ResumePoint(keras.callbacks.Callback):
 
     keras.callbacks.BackupAndRestore keeps weights, optimizer and epoch; what it leaves out is the best epoch so far, the
     seeds on the device, all that was measured, and whose state it is. The file's name holds a digest of the
-    configuration and the data, so that runs which share a checkpoint path keep their own. A complete run removes it.
+    configuration and the data, so that runs which share a checkpoint path keep their own (but not twice the same run at once).
+    A complete run removes it.
     """
 
     # What may differ in a run that goes on: how long, where to, and under which name.
@@ -1847,7 +1887,7 @@ class ResumePoint(keras.callbacks.Callback):
     def __init__(self, config: ViTConfig, data: Dataset):
         super().__init__()
         self.identity = {name: value for name, value in _plain(config).items() if name not in self.FREE}
-        self.identity["data"] = zlib.crc32(data.y_train.tobytes(), zlib.crc32(data.x_train.tobytes()))
+        self.identity["data"] = zlib.crc32(data.y_train, zlib.crc32(np.ascontiguousarray(data.x_train)))
         digest = zlib.crc32(json.dumps(self.identity, sort_keys=True).encode())
         self.stem = config.checkpoint_path.name.removesuffix(".weights.h5")
         self.path = config.checkpoint_path.with_name(f"{self.stem}.{digest:08x}.resume.npz")
@@ -1876,7 +1916,7 @@ class ResumePoint(keras.callbacks.Callback):
             self.progress["resumed_after_epochs"].append(len(self.progress["epochs"]))
             return True
         pattern = f"{glob.escape(self.stem)}.{'[0-9a-f]' * 8}.resume.npz"
-        for other in sorted(self.path.parent.glob(pattern), key=os.path.getmtime, reverse=True):
+        for other in sorted(self.path.parent.glob(pattern), key=_modified, reverse=True):
             with contextlib.suppress(Exception), np.load(other, allow_pickle=False) as archive:
                 theirs = json.loads(archive["progress"].tobytes())["identity"]
                 names = [name for name in self.identity if theirs.get(name) != self.identity[name]]
@@ -1918,7 +1958,8 @@ class ResumePoint(keras.callbacks.Callback):
         self.best.epoch, self.best.accuracy = done["best_epoch"], -math.inf if accuracy is None else accuracy
         self.best.weights = self.values[weights + states :] or _copies(model.weights)
         self.epochs.train_s, self.epochs.wall_s = done["train_s"], done["wall_s"]
-        for meter, spans in zip(self.epochs.meters, done["spans"], strict=False):
+        for meter in self.epochs.meters:  # the sensors may be others, as on another device
+            spans = done["spans"].get(meter.source, [])
             meter.spans = [[(seconds, Reading(**reading)) for seconds, reading in span] for span in spans]
 
     def on_epoch_end(self, epoch, logs=None):
@@ -1934,9 +1975,10 @@ class ResumePoint(keras.callbacks.Callback):
             "best_accuracy": self.best.accuracy if math.isfinite(self.best.accuracy) else None,
             "train_s": self.epochs.train_s,
             "wall_s": self.epochs.wall_s,
-            "spans": [
-                [[(s, asdict(reading)) for s, reading in span] for span in meter.spans] for meter in self.epochs.meters
-            ],
+            "spans": {
+                meter.source: [[(s, asdict(reading)) for s, reading in span] for span in meter.spans]
+                for meter in self.epochs.meters
+            },
             "results": {name: self.results[name] for name in ("time", "memory")},
         }
         try:
@@ -2000,6 +2042,10 @@ def run_experiment(config: ViTConfig) -> dict:
         found = point.load()
         done = len(point.progress["epochs"])
         print(f"resume: {done} epochs are done" if found else f"resume: nothing at {point.path}, starting anew")
+    elif point.path.exists() and point.is_kept:
+        _warn(
+            f"an interrupted run of this configuration is replaced, epoch by epoch; --resume goes on with it: {point.path}"
+        )
     with StopSignals() as stop:
         wandb_run = _start_wandb(config, point.progress["wandb_id"]) if config.use_wandb else None
         point.progress["wandb_id"] = wandb_run.id if wandb_run else None
@@ -2014,6 +2060,7 @@ def run_experiment(config: ViTConfig) -> dict:
             results["failure"] = _one_line(error) if isinstance(error, ExperimentError) else repr(error)
             raise
         finally:
+            stop.is_finishing = True
             what["resumed_after_epochs"] = point.progress["resumed_after_epochs"]
             _print_table(results)
             if results["status"] == "complete":
@@ -2024,9 +2071,10 @@ def run_experiment(config: ViTConfig) -> dict:
                     f"loss {test['test_loss']:.4f}"
                 )
             _write_results(config.results_dir, results)
+            if results["status"] == "complete":
+                point.remove()
             if wandb_run:  # last, as it may wait for a server
                 _finish_wandb(wandb_run, results)
-    point.remove()
     return results
 
 
@@ -2106,7 +2154,7 @@ def _what_runs(config: ViTConfig) -> dict:
         "versions": {
             "Python": platform.python_version(),
             "Keras": keras.__version__,
-            config.keras_backend: importlib.metadata.version(config.keras_backend),
+            config.keras_backend: sys.modules[config.keras_backend].__version__,
             "CUDA": device["cuda"],
         },
         "config": _plain(config),
@@ -2167,6 +2215,7 @@ def _train_and_measure(
     point.attach(best, epochs, results)
     if is_resumed:
         point.restore(model)
+    finite = FiniteLoss(data.x_train[:batch_size])
     try:
         model.fit(
             data.x_train,
@@ -2176,7 +2225,7 @@ def _train_and_measure(
             initial_epoch=len(point.progress["epochs"]),
             validation_data=(data.x_val, data.y_val) if len(data.x_val) else None,
             validation_batch_size=batch_size,
-            callbacks=[EpochSeeds(config.seed), stop, FiniteLoss(), epochs, best, point, *([logger] if logger else [])],
+            callbacks=[EpochSeeds(config.seed), stop, epochs, finite, best, point, *([logger] if logger else [])],
             verbose=1 if sys.stdout.isatty() else 2,  # a progress bar for people, a line an epoch for a log file
         )
         stop.check()
@@ -2187,9 +2236,8 @@ def _train_and_measure(
         what["attention"] = _attention_path(config, what["jit_compile"])
         what["jit_failure"] = model.graphs.failure if model.graphs else None
 
-    images = len(data.x_train) * len(epochs.train_s)
     results["energy"] = {
-        part: _no_energy(meter) if isinstance(meter, str) else meter.summary(len(epochs.train_s), images)
+        part: _no_energy(meter) if isinstance(meter, str) else meter.summary(len(data.x_train))
         for part, meter in meters.items()
     }
     _put_back(model.weights, best.weights)
@@ -2267,7 +2315,7 @@ def _write_results(folder: Path, results: dict) -> None:
     what = results["what"]
     node = "".join(c if c.isalnum() or c in "-_." else "_" for c in what["node"])
     stamp = what["started"].replace(":", "").replace("-", "").partition("+")[0]
-    path = folder / f"{stamp}-{node}-{what['backend']}-{os.getpid()}.json"
+    path = folder / f"{stamp}-{node}-{what['backend']}-{os.urandom(4).hex()}.json"
     try:
         with _replacing(path) as scratch:
             scratch.write_text(json.dumps(_without_nan(results), indent=1, allow_nan=False) + "\n")

@@ -158,9 +158,8 @@ def train_and_measure(config: vit.ViTConfig, data: vit.Dataset, peer: Peer, resu
         epochs,
         SimpleNamespace(progress={"epochs": history, "resumed_after_epochs": []}),
     )
-    images = len(data.x_train) * config.num_epochs
     results["energy"] = {
-        part: vit._no_energy(meter) if isinstance(meter, str) else meter.summary(config.num_epochs, images)
+        part: vit._no_energy(meter) if isinstance(meter, str) else meter.summary(len(data.x_train))
         for part, meter in meters.items()
     }
     seconds = []

@@ -419,6 +419,15 @@ def test_a_wandb_server_that_fails_costs_the_run_nothing(start_vit, tmp_path):
     assert servers["error 500"].runs and servers["gone"].runs  # these were online
 
 
+def test_ctrl_c_while_keras_is_imported_is_no_traceback(start_vit):
+    process = start_vit(*SMALL.split())
+    while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    run = finish(process)
+    assert (run.status, run.stderr) == (130, ""), run
+
+
 def test_a_second_signal_ends_a_run_at_once(start_vit, tmp_path):
     """The first is kept waiting by a W&B server that hangs; the results are on disk by then, and nothing stays behind."""
     pytest.importorskip("sweeps", reason="the server's trials are drawn by W&B's own library")

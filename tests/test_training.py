@@ -117,11 +117,20 @@ def test_the_best_epoch_is_kept_whole_even_where_it_cannot_be_written(tmp_path, 
     assert best.epoch == 3 and best.weights[0] == 3.0 and "cannot be written" in capsys.readouterr().err
 
 
-def test_a_run_that_diverges_still_leaves_its_results(run_vit, tmp_path):
-    """One line that says at which step, a status of its own, and a results file that says why it is not complete."""
-    flags = f"--dataset synthetic --no-use-wandb {TINY} --learning-rate 1e30 --num-epochs 2"
+@pytest.mark.parametrize(
+    ("more", "where"),
+    [
+        ("", "the loss is not a finite number from step 2 of epoch 1 on"),
+        # The only step spoils the weights, and no loss is computed from them.
+        ("--validation-split 0 --batch-size 2048", "the model's answers are not finite numbers after epoch 1"),
+    ],
+)
+def test_a_run_that_diverges_still_leaves_its_results(more, where, run_vit, tmp_path):
+    """One line that says where, a status of its own, no weights, and a results file that says why it is not complete."""
+    flags = f"--dataset synthetic --no-use-wandb {TINY} --learning-rate 1e30 --num-epochs 2 {more}"
     run = run_vit(*flags.split(), "--checkpoint-path", "a.weights.h5")
-    assert run.status == 4 and run.stderr.count("\n") == 1 and "from step 2 of epoch 1 on" in run.stderr, run
+    assert run.status == 4 and run.stderr.count("\n") == 1 and where in run.stderr, run
+    assert not list(tmp_path.glob("*a.*"))
     (file,) = (tmp_path / "results").iterdir()
     results = json.loads(file.read_text())
-    assert results["status"] == "failed" and "not a finite number" in results["failure"]
+    assert results["status"] == "failed" and where in results["failure"]

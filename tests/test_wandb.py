@@ -64,6 +64,11 @@ def test_without_wandb_nothing_of_it_is_imported_or_written(run_vit, tmp_path):
     assert " wandb" not in run.stderr and not (tmp_path / "wandb").exists()
 
 
+def test_a_setting_that_wandb_refuses_is_one_line(run_vit):
+    run = run_vit(*RUN.split(), environment={"WANDB_BASE_URL": "localhost:8080"})
+    assert "W&B does not take its settings" in run.error_line
+
+
 @pytest.mark.parametrize("key", ["", "malformed", "0" * 40])
 def test_a_key_that_does_not_work_never_costs_the_run(key, run_vit, tmp_path):
     """Malformed, empty as in a fresh copy of .env.example, and one whose server cannot be reached."""
