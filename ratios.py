@@ -250,7 +250,7 @@ def run_suite(suite: Suite, args: argparse.Namespace, out: Path) -> None:
     steps, batch_size = args.steps or suite.steps, suite.batch_size
     images = out / f"{suite.device}-images.npz"
     write_images(images, batch_size, steps)
-    flags = f"--dataset {images} --batch-size {batch_size} --validation-split {1 / (steps + 1)} "
+    flags = f"--batch-size {batch_size} --validation-split {1 / (steps + 1)} "
     flags += f"--num-epochs {WARM_UP + args.epochs} --measure-seconds 0 --no-compile-cache --no-use-wandb "
     flags += SMALL if args.small else ""
     try:
@@ -260,7 +260,7 @@ def run_suite(suite: Suite, args: argparse.Namespace, out: Path) -> None:
                     continue
                 before = max((int(path.name) for path in out.glob(f"{suite.device}/{row.name}/*")), default=0)
                 folder, began = out / suite.device / row.name / f"{before + 1:02}", time.perf_counter()
-                failure = run_pair(row, suite.device, flags.split(), args.epochs, folder)
+                failure = run_pair(row, suite.device, ["--dataset", str(images), *flags.split()], args.epochs, folder)
                 told = f"failed: {failure}" if failure else " ".join(row_cells(row, [read_pair(folder)])[:1])
                 seconds = time.perf_counter() - began
                 print(f"[{suite.device} {number}/{args.runs}] {row.what}: {told}, {seconds:.0f} s", flush=True)
