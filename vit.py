@@ -1778,36 +1778,30 @@ class FiniteLoss(keras.callbacks.Callback):
     """End the run in the epoch whose loss becomes NaN or infinite, before its weights count as anything."""
 
     ADVICE = "lower --learning-rate, or take another --dtype-policy"
-    async_safe = True  # Keras reads the loss in a thread of its own, and no step waits for that
+    async_safe = True  # Keras reads the loss in threads of its own, and no step waits for that
 
     def __init__(self, images: np.ndarray):
         super().__init__()
         self.images = images  # to try the weights on, where there is no validation
-        self.step: int | None = None
+        self.bad_steps: list[int] = []  # in no order: each step's loss is read in one of several threads
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.step is None and not math.isfinite(logs["loss"]):
-            self.step = batch + 1
+        if not math.isfinite(logs["loss"]):
+            self.bad_steps.append(batch + 1)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch + 1
 
-    def on_test_begin(self, logs=None):
-        self._end_if_diverged()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._end_if_diverged()
+    def on_epoch_end(self, epoch, logs=None):  # not before the validation: only here have all the threads ended
+        if self.bad_steps:
+            raise Diverged(
+                f"the loss is not a finite number from step {min(self.bad_steps)} of epoch {self.epoch} on; {self.ADVICE}"
+            )
         # The epoch's last step can have spoiled the weights; its loss, of before, does not tell.
         if not math.isfinite((logs or {}).get("val_loss", 0.0)):
             raise Diverged(f"the validation loss is not a finite number after epoch {self.epoch}; {self.ADVICE}")
         if "val_loss" not in (logs or {}) and not np.isfinite(self.model.predict_on_batch(self.images)).all():
             raise Diverged(f"the model's answers are not finite numbers after epoch {self.epoch}; {self.ADVICE}")
-
-    def _end_if_diverged(self) -> None:
-        if self.step is not None:
-            raise Diverged(
-                f"the loss is not a finite number from step {self.step} of epoch {self.epoch} on; {self.ADVICE}"
-            )
 
 
 class StopSignals(keras.callbacks.Callback):

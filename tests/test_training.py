@@ -117,6 +117,15 @@ def test_the_best_epoch_is_kept_whole_even_where_it_cannot_be_written(tmp_path, 
     assert best.epoch == 3 and best.weights[0] == 3.0 and "cannot be written" in capsys.readouterr().err
 
 
+def test_the_first_bad_step_is_named_although_keras_reads_the_losses_in_several_threads():
+    finite = vit.FiniteLoss(images=np.zeros((1, 16, 16, 1)))
+    finite.on_epoch_begin(0)
+    for batch in (2, 1, 3):
+        finite.on_train_batch_end(batch, {"loss": float("nan")})
+    with pytest.raises(vit.Diverged, match="from step 2 of epoch 1 on"):
+        finite.on_epoch_end(0, {"val_loss": float("nan")})
+
+
 @pytest.mark.parametrize(
     ("more", "where"),
     [
