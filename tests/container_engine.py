@@ -1,20 +1,20 @@
-"""A private, throw-away Docker engine, and stand-ins for the base images of the four Dockerfiles under their real names.
+"""A temporary Docker engine for the tests, with stand-ins for the base images of the four Dockerfiles.
 
-    with container_engine.up(folder) as engine:
+    with container_engine.start(folder) as engine:
         engine.make_base_images()
-        engine.docker("build", "-f", "Dockerfile.ook.jax", "-t", "vit:ook-jax", *engine.BUILD_ARGS["ook.jax"], ".", cwd=...)
+        engine.docker("build", "-f", "Dockerfile.ook.jax", "-t", "vit:ook-jax", *engine.build_args["ook.jax"], ".", cwd=...)
 
-or from a shell, for a command that calls `docker` itself:
+From a shell, to run a command that calls `docker` itself:
 
     python tests/container_engine.py FOLDER COMMAND...
 
-The engine lives in network, mount and process namespaces of its own and reaches the network through slirp4netns, a program
-without privileges on the host: its bridge, firewall rules, mounts and containers vanish with it. Whatever can be made again
-is kept in FOLDER/kept for the next time, the rest of FOLDER is removed.
+The engine runs in its own network, mount and process namespaces, so its bridge, firewall rules, mounts and containers
+vanish with it. It reaches the network through slirp4netns, which needs no privileges on the host. FOLDER/kept holds the
+packed Debian and the wheels for the next time. Besides that only engine.log stays in FOLDER.
 
-The stand-ins: Debian with Python 3.11 for python:3.11-slim; the same with Python 3.10, JAX 0.4.35 or torch 2.4.0, and a pip
-that asks a dead index for the two Jetson images. torch is the real one; the CUDA libraries that it links to (2.5 GB) are
-replaced by libraries with the same symbols which answer that there is no GPU.
+The stand-ins have the real images' names. python:3.11-slim is a Debian with Python 3.11. The two Jetson images add Python
+3.10, JAX 0.4.35 or torch 2.4.0, and a pip that is set to a dead index. torch is the real one, but the CUDA libraries that
+it links to (2.5 GB) are replaced: these have the same symbols and report that there is no GPU.
 """
 
 import contextlib
@@ -40,18 +40,19 @@ from packaging.requirements import Requirement
 
 PROGRAMS = {"dockerd": "docker.io", "docker": "docker.io", "iptables": "iptables", "slirp4netns": "slirp4netns"}
 PROGRAMS |= {"mmdebstrap": "mmdebstrap", "unshare": "util-linux", "ip": "iproute2", "gcc": "gcc", "nm": "binutils"}
-HOST = "10.0.2.2"  # the host's loopback, as slirp4netns shows it to the engine and its containers
+HOST = "10.0.2.2"  # the address at which slirp4netns offers the host's loopback to the engine and its containers
 DEAD_INDEX = "http://127.0.0.1:9/simple"
 JETSON = {"jax": "dustynv/jax:r36.4.0", "torch": "dustynv/l4t-pytorch:r36.4.0"}
 VENDOR = {"jax": ["jax==0.4.35", "jaxlib==0.4.35", "numpy==1.26.4"], "torch": ["torch==2.4.0", "numpy==1.26.4"]}
-PYTORCH = {"3.11": ["torch==2.5.1", "torchvision==0.20.1"], "3.10": VENDOR["torch"]}  # what the local wheel index holds
+# The contents of the local wheel index
+PYTORCH = {"3.11": ["torch==2.5.1", "torchvision==0.20.1"], "3.10": VENDOR["torch"]}
 
-# The engine's own view of /run and /etc, where it leaves files.
-START = 'mount -t tmpfs tmpfs /run && cp -a /etc "$0/etc" && mount --bind "$0/etc" /etc && exec dockerd "$@"'
-# runc without ulimits: who lacks CAP_SYS_RESOURCE may not set them. It notes the name that it was called by.
+# The engine writes to /run and /etc, so it gets its own copies.
+START_DOCKERD = 'mount -t tmpfs tmpfs /run && cp -a /etc "$0/etc" && mount --bind "$0/etc" /etc && exec dockerd "$@"'
+# runc without ulimits, which need CAP_SYS_RESOURCE. It records the name by which it was called.
 RUNC = """#!/usr/bin/env python3
 import json, os, sys
-with open(os.path.dirname(__file__) + "/../asked-for", "a") as file:
+with open(os.path.dirname(__file__) + "/../gpu-requests", "a") as file:
     file.write(os.path.basename(__file__) + "\\n")
 arguments = sys.argv[1:]
 for flag, bundle in zip(arguments, arguments[1:]):
@@ -66,8 +67,8 @@ os.execvp("runc", ["runc", *arguments])
 """
 
 
-def why_not() -> str | None:
-    """Why no engine can be brought up here, or None."""
+def unavailable_reason() -> str | None:
+    """Why no engine can run here, or None if one can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "a container engine needs Linux and root"
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -76,14 +77,14 @@ def why_not() -> str | None:
     if not os.access("/dev/net/tun", os.W_OK):
         return "a container engine needs /dev/net/tun"
     if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
-        return "a container engine needs the right to make namespaces"
+        return "a container engine needs permission to create namespaces"
     if python310() is None:
-        return "the stand-in of a Jetson image needs a Python 3.10 (python3.10 on PATH, or of pyenv)"
+        return "the stand-in for a Jetson image needs Python 3.10 (python3.10 on PATH or in pyenv)"
     return None
 
 
 def python310() -> Path | None:
-    """The folder that a Python 3.10 is installed in."""
+    """The installation folder of a Python 3.10, or None."""
     candidates = [shutil.which("python3.10"), *Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10")]
     for candidate in filter(None, candidates):
         done = subprocess.run([candidate, "-c", "import sys; print(sys.base_prefix)"], capture_output=True, text=True)
@@ -93,16 +94,16 @@ def python310() -> Path | None:
 
 
 class Engine:
-    """A running engine; `docker` runs a command against it, `environment` is what makes `docker` find it."""
+    """A running engine. `docker` runs a command on it; with `environment`, any other program's `docker` does too."""
 
     def __init__(self, folder: Path, kept: Path, wheel_server: str):
         self.folder, self.kept, self.wheel_server = folder, kept, wheel_server
         self.environment = os.environ | {
             "DOCKER_HOST": f"unix://{folder}/socket",
-            "DOCKER_BUILDKIT": "0",  # the builder inside the engine: buildx may not be there
+            "DOCKER_BUILDKIT": "0",  # use the engine's own builder, because buildx may be missing
             "DOCKER_CONFIG": str(folder / "config"),
         }
-        # What stands in for the heavy wheels with CUDA; the Dockerfiles themselves are built as they are.
+        # These replace the large CUDA wheels; the Dockerfiles stay unmodified.
         self.build_args = {
             "ook.jax": ["--build-arg", "JAX=jax"],
             "ook.pytorch": ["--build-arg", f"TORCH_WHEEL_INDEX={wheel_server}/simple"],
@@ -122,23 +123,23 @@ class Engine:
             )
         return done
 
-    def asked_for(self) -> list[str]:
-        """`gpus` for each container since the last call that asked for --gpus, and the runtimes that were called."""
-        note = self.folder / "asked-for"
-        lines = note.read_text().split() if note.exists() else []
-        note.unlink(missing_ok=True)
-        return lines
+    def gpu_requests(self) -> list[str]:
+        """What containers have requested since the last call: `gpus` for each --gpus, and each runtime's name."""
+        path = self.folder / "gpu-requests"
+        requests = path.read_text().split() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return requests
 
     def make_base_images(self) -> None:
-        """Stand-ins for the three base images, under the names that the Dockerfiles ask for."""
+        """Build stand-ins for the three base images, under the names in the Dockerfiles."""
         tar = self.kept / "base.tar"
         if not tar.exists():
-            part = self.kept / "part-of-base.tar"
+            unfinished = self.kept / "unfinished-base.tar"
             packages = "ca-certificates,libpython3.11-dev,python3,python3-pip,python3-venv"
             without = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "doc")]
             command = ["mmdebstrap", "-q", "--variant=minbase", f"--include={packages}", *without]
-            _run(*command, '--aptopt=APT::Install-Recommends "false"', "bookworm", str(part))
-            os.replace(part, tar)
+            _run(*command, '--aptopt=APT::Install-Recommends "false"', "bookworm", str(unfinished))
+            os.replace(unfinished, tar)
         self.docker("import", str(tar), "stand-in:raw")
         self.certificates = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt")).read_bytes()
         common = [
@@ -171,7 +172,7 @@ class Engine:
                 "FROM stand-in:raw",
                 *common,
                 "COPY python /usr/local",
-                # A real one has a python3 and perhaps no python.
+                # The real image has python3, but possibly no python.
                 "RUN ldconfig && ln -s python3.10 /usr/local/bin/python3 && python3 -m ensurepip"
                 f" && python3 -m pip install --no-cache-dir {index} {' '.join(VENDOR[backend])}",
                 f"ENV PIP_INDEX_URL={DEAD_INDEX} PIP_EXTRA_INDEX_URL={DEAD_INDEX} PIP_TRUSTED_HOST=127.0.0.1",
@@ -190,41 +191,26 @@ class Engine:
 
 
 @contextlib.contextmanager
-def up(folder: Path) -> Iterator[Engine]:
-    """Bring an engine up in `folder`, and take it down."""
+def start(folder: Path) -> Iterator[Engine]:
+    """Start an engine in `folder`, and stop it at the end."""
     folder = folder.resolve()
     kept = folder / "kept"
     wheels = _wheel_index(kept)
     engine_folder = folder / "engine"
     if engine_folder.exists():
-        if _is_answered(engine_folder / "socket"):
-            raise AssertionError(f"another engine runs in {folder}")
-        shutil.rmtree(engine_folder)  # left by tests that were killed
+        if _accepts_connections(engine_folder / "socket"):
+            raise AssertionError(f"another engine is running in {folder}")
+        shutil.rmtree(engine_folder)  # left over from tests that were killed
     (engine_folder / "bin").mkdir(parents=True)
-    # dockerd accepts --gpus where it finds this hook on its PATH, and has it run for each container that asks.
-    hook = f"#!/bin/sh\necho gpus >> {engine_folder}/asked-for\n"
+    # dockerd accepts --gpus if this hook is on its PATH, and runs it for each container with that flag.
+    hook = f"#!/bin/sh\necho gpus >> {engine_folder}/gpu-requests\n"
     for name, text in {"nvidia-container-runtime-hook": hook, "plain": RUNC, "nvidia": RUNC}.items():
         (engine_folder / "bin" / name).write_text(text)
         (engine_folder / "bin" / name).chmod(0o755)
     group = f"/vit-{os.getpid()}"
-    command = [
-        "unshare",
-        "--net",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-        "sh",
-        "-c",
-        START,
-        str(engine_folder),
-    ]
-    command += [
-        f"--data-root={engine_folder}/data",
-        f"--exec-root={engine_folder}/exec",
-        f"--host=unix://{engine_folder}/socket",
-    ]
+    command = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command += ["sh", "-c", START_DOCKERD, str(engine_folder), f"--host=unix://{engine_folder}/socket"]
+    command += [f"--data-root={engine_folder}/data", f"--exec-root={engine_folder}/exec"]
     command += [f"--pidfile={engine_folder}/pid", "--oom-score-adjust=0", "--mtu=1400"]
     command += [f"--add-runtime={name}={engine_folder}/bin/{name}" for name in ("nvidia", "plain")]
     command += ["--default-runtime=plain", f"--cgroup-parent={group}", "--dns=10.0.2.3"]  # slirp4netns' name server
@@ -236,15 +222,16 @@ def up(folder: Path) -> Iterator[Engine]:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
         outer = subprocess.Popen(command, env=environment, **quiet)
         stack.callback(_stop, outer)
-        inner = _wait_for(lambda: _child(outer.pid), "the engine's process")
+        inner = wait_for(lambda: _child(outer.pid), "the engine's process")
         network = subprocess.Popen(["slirp4netns", "--configure", "--mtu", "1400", str(inner), "tap0"], **quiet)
         stack.callback(_stop_network, network)
-        ready = lambda: engine.docker("info", check=False).returncode == 0  # noqa: E731
-        _wait_for(ready, f"the engine, see {folder / 'engine.log'}")
+        wait_for(
+            lambda: engine.docker("info", check=False).returncode == 0, f"the engine (see {folder / 'engine.log'})"
+        )
         yield engine
 
 
-def _is_answered(path: Path) -> bool:
+def _accepts_connections(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(path)) == 0
 
@@ -254,17 +241,18 @@ def _child(pid: int) -> int | None:
     return next(map(int, children.read_text().split()), None) if children.exists() else None
 
 
-def _wait_for(condition, what: str, seconds: float = 180):
+def wait_for(condition, description: str, seconds: float = 180):
+    """Return the first true result of `condition`."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"no sign of {what} after {seconds:g} s")
+            raise AssertionError(f"waited {seconds:g} s for {description}")
         time.sleep(0.2)
     return result
 
 
 def _stop(outer: subprocess.Popen) -> None:
-    """End the engine in good order; whatever is left of it ends with its process namespace."""
+    """Stop the engine. If it does not end by itself, its process namespace is killed with everything in it."""
     if (inner := _child(outer.pid)) is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(inner, signal.SIGTERM)
@@ -281,7 +269,7 @@ def _stop_network(network: subprocess.Popen) -> None:
 
 
 def _remove(folder: Path, group: str) -> None:
-    """Remove the engine's folder, and the control groups that its containers ran in."""
+    """Remove the engine's folder and the control groups of its containers."""
     for path in [*Path("/sys/fs/cgroup").glob(group[1:]), *Path("/sys/fs/cgroup").glob("*" + group)]:
         for inner in sorted(path.rglob("*/"), reverse=True):
             inner.rmdir()
@@ -298,7 +286,7 @@ def _run(*command: str, **options) -> str:
 
 @contextlib.contextmanager
 def _serve(folder: Path) -> Iterator[str]:
-    """Serve `folder` on the host's loopback; the address is the one that the engine and its containers use."""
+    """Serve `folder` on the host's loopback. Yields the URL that works inside the engine and its containers."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -314,12 +302,12 @@ def _serve(folder: Path) -> Iterator[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# A wheel index with torch, and with stand-ins for the CUDA libraries that it asks for
+# A wheel index with torch and with stand-ins for the CUDA libraries that it needs
 # --------------------------------------------------------------------------------------------------------------
 
 
 def _wheel_index(kept: Path) -> Path:
-    """A folder whose `simple` is a wheel index: PyTorch's wheels, what they need, and stand-ins for CUDA and triton."""
+    """A folder whose `simple` is a wheel index: PyTorch, its dependencies, and stand-ins for CUDA and triton."""
     index = kept / ("wheels-" + hashlib.sha256(repr(PYTORCH).encode()).hexdigest()[:8])
     if index.exists():
         return index
@@ -328,18 +316,12 @@ def _wheel_index(kept: Path) -> Path:
         for python, requirements in PYTORCH.items():
             folder = Path(scratch, python)
             pip = [sys.executable, "-m", "pip", "download", "-q", "-d", str(folder), "--only-binary", ":all:"]
-            pip += [
-                "--python-version",
-                python,
-                "--platform",
-                "manylinux_2_28_x86_64",
-                "--platform",
-                "manylinux2014_x86_64",
-            ]
-            pip += ["--platform", "manylinux1_x86_64", "--platform", "manylinux_2_17_x86_64", "--implementation", "cp"]
+            pip += ["--python-version", python, "--implementation", "cp"]
+            for tag in ("manylinux_2_28", "manylinux2014", "manylinux_2_17", "manylinux1"):
+                pip += ["--platform", f"{tag}_x86_64"]
             _run(*pip, "--no-deps", *requirements)
             torch = next(folder.glob("torch-*.whl"))
-            others = []
+            dependencies = []
             with zipfile.ZipFile(torch) as wheel:
                 metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
                 lines = wheel.read(metadata).decode().splitlines()
@@ -351,8 +333,8 @@ def _wheel_index(kept: Path) -> Path:
                     files = _cuda_libraries(torch) if needed.name == "nvidia-cuda-runtime-cu12" else {}
                     _write_wheel(folder, needed.name, str(needed.specifier).removeprefix("=="), files)
                 else:
-                    others.append(needed.name + str(needed.specifier))
-            _run(*pip, *others, "pillow")
+                    dependencies.append(needed.name + str(needed.specifier))
+            _run(*pip, *dependencies, "pillow")
             for wheel_file in folder.iterdir():
                 project = re.sub(r"[-_.]+", "-", wheel_file.name.split("-")[0]).lower()
                 target = Path(scratch, "index/simple", project)
@@ -363,9 +345,9 @@ def _wheel_index(kept: Path) -> Path:
 
 
 def _cuda_libraries(torch_wheel: Path) -> dict[str, bytes]:
-    """Libraries named like the CUDA libraries that torch links to and does not bring, with every symbol that it asks of them.
+    """Build a stand-in for each CUDA library that torch links to but does not contain, with every symbol that torch uses.
 
-    Each function returns cudaErrorNoDevice, which torch takes as: no GPU here.
+    Each function returns cudaErrorNoDevice, so torch reports that there is no GPU.
     """
     with tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(torch_wheel) as wheel:
@@ -373,30 +355,32 @@ def _cuda_libraries(torch_wheel: Path) -> dict[str, bytes]:
             wheel.extractall(scratch, inside)
         paths = [str(Path(scratch, name)) for name in inside]
         dynamic = _run("readelf", "-d", "--wide", *paths)
-        brought = {Path(path).name for path in paths}
+        contained = {Path(path).name for path in paths}
         system = re.compile(r"(lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s)|ld-linux.*|libcuda)\.so.*")
-        needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)) - brought
+        needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)) - contained
         missing = sorted(name for name in needed if not system.fullmatch(name))
         symbols: dict[str, set[str]] = {name: set() for name in missing}
         for path in paths:
             for line in _run("nm", "--dynamic", "--undefined-only", path).splitlines():
                 symbol, _, version = line.split()[-1].partition("@")
-                library = version if version in symbols else "libnccl.so.2" if symbol.startswith("nccl") else None
-                library = "libcurand.so.10" if symbol.startswith("curand") else library
+                if symbol.startswith("nccl"):
+                    library = "libnccl.so.2"
+                elif symbol.startswith("curand"):
+                    library = "libcurand.so.10"
+                else:
+                    library = version
                 if library in symbols:
                     symbols[library].add(symbol)
         files = {}
         for library, names in symbols.items():
             code = Path(scratch, "stand_in.c")
-            text = [
+            functions = [
                 f'const char *{name}(void) {{ return "no GPU"; }}'
-                for name in names
                 if re.search("Error(String|Name)", name)
+                else f"int {name}(void) {{ return 100; }}"
+                for name in names
             ]
-            text += [
-                f"int {name}(void) {{ return 100; }}" for name in names if not re.search("Error(String|Name)", name)
-            ]
-            code.write_text("\n".join(text) + "\n")
+            code.write_text("\n".join(functions) + "\n")
             versions = Path(scratch, "versions.map")
             versions.write_text(f"{library} {{ global: *; }};\n")
             built = Path(scratch, library)
@@ -421,9 +405,9 @@ def _write_wheel(folder: Path, name: str, version: str, files: dict[str, bytes])
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    if reason := why_not():
+    if reason := unavailable_reason():
         sys.exit(f"container_engine.py: error: {reason}")
-    with up(Path(sys.argv[1])) as running:
+    with start(Path(sys.argv[1])) as running:
         running.make_base_images()
         status = subprocess.run(sys.argv[2:], env=running.environment).returncode
     sys.exit(status)

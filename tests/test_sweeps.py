@@ -1,4 +1,4 @@
-"""Promises about sweeps: what is drawn can be run, what is run arrives at W&B, and the launchers say what they do."""
+"""Promises about sweeps: every trial drawn can be run, every run reaches W&B, and the launchers show what they do."""
 
 import json
 import os
@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from checkout import copy_from_root
 from conftest import INSTALLED, ROOT
 
-pytest.importorskip("sweeps", reason="W&B's own library of sweeps, which make test installs")
+# Not "sweeps" alone: without W&B's library that name imports our folder.
+pytest.importorskip("sweeps.random_search", reason="W&B's sweeps library is not installed (make test installs it)")
 
 import sweeps
 from sweeps.random_search import random_search_next_runs
@@ -25,28 +27,27 @@ import vit
 
 KEY = "0123456789abcdef" * 3
 GIB = 2**30
-# The memory that a trial may take. ook: the RTX 4050. ojo: half of what the smaller Orin shares between CPU and GPU.
+# The memory that a trial may use. ook: all of the RTX 4050's. ojo: half of what CPU and GPU of the smaller Orin share.
 MEMORY_BYTES = {"ook": 6 * GIB, "ojo": 16 * GIB}
 LAUNCHERS = ("ook", "ojo")
-FILES = ["run_sweep_ook.sh", "run_sweep_ojo.sh", "sweep.sh", "sweep.py", "sweep_config.json"]
+FILES = ["run_sweep_ook.sh", "run_sweep_ojo.sh", "sweeps", "sweep_config.json"]
 DOCKERFILES = [f"Dockerfile.{device}.{backend}" for device in LAUNCHERS for backend in ("jax", "pytorch")]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The test's own environment with this Python first on PATH, and none of the settings that a sweep reads."""
+    """This process's environment with this Python first on PATH, and the W&B account of the tests."""
     env = {name: value for name, value in os.environ.items() if name not in ("KERAS_BACKEND", "VIT_DEVICE")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    env["OMP_NUM_THREADS"] = "1"  # on few cores torch's threads wait for each other: 350 ms a step against a few
+    env["OMP_NUM_THREADS"] = "1"  # on few cores torch's threads wait for each other: 350 ms a step instead of a few
     return env | {"WANDB_API_KEY": KEY, "WANDB_ENTITY": ENTITY, "WANDB_PROJECT": PROJECT} | more
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A folder with what the launchers need: they change into their own, and write results there."""
+    """A folder with everything the launchers need. They change into their own folder and write results there."""
     folder = tmp_path / "checkout"
     folder.mkdir()
-    for name in [*FILES, "vit.py"]:
-        shutil.copy(ROOT / name, folder / name)
+    copy_from_root(folder, *FILES, "edgebench", "vit.py")
     for name in DOCKERFILES:
         (folder / name).touch()
     return folder
@@ -59,7 +60,7 @@ def launch(folder: Path, device: str, *arguments: str, env: dict | None = None) 
 
 
 def shipped_config(device: str, backend: str = "jax") -> dict:
-    """The sweep as the launcher makes it, from the command that it prints."""
+    """The sweep that the launcher would create, from the command that its dry run prints."""
     done = launch(ROOT, device, backend, "--no-docker", "--dry-run")
     words = shlex.split(next(line for line in done.stdout.splitlines() if " create " in line))
     return sweep_py.sweep_config(device, backend, json.loads(words[words.index("--parameters") + 1]), [])
@@ -67,7 +68,7 @@ def shipped_config(device: str, backend: str = "jax") -> dict:
 
 @pytest.mark.parametrize("device", LAUNCHERS)
 def test_the_configuration_is_valid_and_every_trial_drawn_from_it_can_be_run(device, tmp_path, monkeypatch):
-    """W&B's own validator; 1,000 trials drawn by W&B's own library are models that can be built, within the device's memory."""
+    """W&B's library validates the configuration and draws 1,000 trials; each can be built and fits into the device's memory."""
     monkeypatch.chdir(ROOT)
     config = shipped_config(device)
     assert sweeps.schema_violations_from_proposed_config(config) == []
@@ -81,13 +82,14 @@ def test_the_configuration_is_valid_and_every_trial_drawn_from_it_can_be_run(dev
         trial = vit.ViTConfig(**values, checkpoint_path=tmp_path / "a.weights.h5")
         trial.check()
         assert trial.image_size % trial.patch_size == 0, f"{values} cuts pixels off"
-        assert vit.train_memory_bytes(trial) < MEMORY_BYTES[device], values
-    for name in ("batch_size", "projection_dim", "transformer_layers"):  # the draw reaches what is largest
+        needed = vit.vit_size(trial, 3, 100).train_memory_bytes(trial.batch_size, trial.dtype_policy)
+        assert needed < MEMORY_BYTES[device], values
+    for name in ("batch_size", "projection_dim", "transformer_layers"):  # the draw includes the largest
         assert max(values[name] for values in drawn) == max(config["parameters"][name]["values"])
 
 
-def test_the_jetson_draws_from_less(monkeypatch):
-    """Widths, depths, images, batches and epochs of ojo lie within ook's, and nothing else differs."""
+def test_the_jetson_draws_from_smaller_values(monkeypatch):
+    """ojo's largest width, depth, image, batch and number of epochs are below ook's. Nothing else differs."""
     monkeypatch.chdir(ROOT)
     ook, ojo = (shipped_config(device)["parameters"] for device in LAUNCHERS)
 
@@ -101,14 +103,14 @@ def test_the_jetson_draws_from_less(monkeypatch):
 
 DRY_RUNS = """\
 + docker build -f Dockerfile.ook.jax -t vit:ook-jax .
-+ docker run --rm --init --name vit-sweep-ook-jax -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-jax python sweep.py create --device ook --backend jax --parameters '{}' -- --num-epochs 1
++ docker run --rm --init --name vit-sweep-ook-jax -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-jax python sweeps/sweep.py create --device ook --backend jax --parameters '{}' -- --num-epochs 1
 + docker run --rm --init --name vit-sweep-ook-jax -v FOLDER:/app --gpus all -e SWEEP_LEDGER=results/sweep-ID.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-jax python -m wandb agent --count 3 edge-team/edge-project/ID
 + docker build -f Dockerfile.ook.pytorch -t vit:ook-pytorch .
-+ docker run --rm --init --name vit-sweep-ook-pytorch -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-pytorch python sweep.py create --device ook --backend pytorch --parameters '{}' -- --num-epochs 1
++ docker run --rm --init --name vit-sweep-ook-pytorch -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-pytorch python sweeps/sweep.py create --device ook --backend pytorch --parameters '{}' -- --num-epochs 1
 + docker run --rm --init --name vit-sweep-ook-pytorch -v FOLDER:/app --gpus all -e SWEEP_LEDGER=results/sweep-ID.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-pytorch python -m wandb agent --count 3 edge-team/edge-project/ID
 ---
 + docker build -f Dockerfile.ojo.pytorch -t vit:ojo-pytorch .
-+ docker run --rm --init --name vit-sweep-ojo-pytorch -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ojo-pytorch python sweep.py join a/b/c --device ojo --backend pytorch
++ docker run --rm --init --name vit-sweep-ojo-pytorch -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ojo-pytorch python sweeps/sweep.py join a/b/c --device ojo --backend pytorch
 + docker run --rm --init --name vit-sweep-ojo-pytorch -v FOLDER:/app --runtime nvidia -e SWEEP_LEDGER=results/sweep-c.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ojo-pytorch python -m wandb agent a/b/c
 """
 
@@ -117,7 +119,7 @@ def test_a_dry_run_prints_every_command_and_changes_nothing(checkout):
     before = sorted(checkout.rglob("*"))
     (checkout.parent / "bin").mkdir()
     fake = checkout.parent / "bin" / "docker"
-    fake.write_text("#!/bin/sh\necho a dry run calls docker >&2; exit 9\n")
+    fake.write_text("#!/bin/sh\necho a dry run called docker >&2; exit 9\n")
     fake.chmod(0o755)
     env = environment()
     env["PATH"] = f"{fake.parent}:{env['PATH']}"
@@ -133,12 +135,15 @@ def test_a_dry_run_prints_every_command_and_changes_nothing(checkout):
     "arguments, message",
     [
         (["tensorflow"], "unknown argument 'tensorflow' (see --help)"),
-        (["jax", "both"], "one of jax, pytorch and both, not several"),
+        (["jax", "both"], "choose one of jax, pytorch and both"),
         (["--count", "0"], "--count must be a positive number, not '0'"),
         (["--count"], "--count needs a value"),
         (["jax", "--sweep", "abc"], "--sweep must be ENTITY/PROJECT/ID, not 'abc'"),
-        (["--sweep", "a/b/c"], "--sweep belongs to one backend: say jax or pytorch"),
-        (["jax", "--sweep", "a/b/c", "--", "--num-epochs", "1"], "--sweep joins a sweep as it is: no flags after --"),
+        (["--sweep", "a/b/c"], "--sweep needs one backend, jax or pytorch"),
+        (
+            ["jax", "--sweep", "a/b/c", "--", "--num-epochs", "1"],
+            "--sweep joins a sweep unchanged and takes no flags after --",
+        ),
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_line(arguments, message, checkout):
@@ -146,8 +151,8 @@ def test_a_wrong_argument_is_refused_in_one_line(arguments, message, checkout):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"run_sweep_ook.sh: error: {message}\n")
 
 
-def test_everything_that_is_missing_is_said_in_a_line_of_its_own(checkout):
-    """On a machine with neither docker nor python nor settings nor files; in a dry run, too, which then goes on."""
+def test_everything_missing_is_reported_one_line_each(checkout):
+    """The machine has no docker, no python, no settings and no files. A dry run reports the same and goes on."""
     tools = checkout.parent / "tools"
     tools.mkdir()
     for name in ("bash", "basename", "dirname", "tr"):
@@ -160,10 +165,10 @@ def test_everything_that_is_missing_is_said_in_a_line_of_its_own(checkout):
         return [line.partition(": missing: ")[2] for line in done.stderr.splitlines()]
 
     settings = [
-        "WANDB_API_KEY: put it into .env (a copy of .env.example) or the environment",
-        "WANDB_ENTITY, the W&B user or team: put it into .env or the environment",
-        "W&B online: WANDB_MODE is offline, and a sweep needs its server",
-        "sweep_config.json, the configuration of the sweep",
+        "WANDB_API_KEY: set it in .env (copied from .env.example) or in the environment",
+        "WANDB_ENTITY, your W&B user or team: set it in .env or in the environment",
+        "a connection to W&B: a sweep needs its server, but WANDB_MODE is offline",
+        "sweep_config.json, the sweep's configuration",
     ]
     docker = ["docker: install it, or use --no-docker", "Dockerfile.ojo.pytorch", "Dockerfile.ojo.jax"]
     done = launch(checkout, "ojo", env=bare)
@@ -176,11 +181,11 @@ def test_everything_that_is_missing_is_said_in_a_line_of_its_own(checkout):
 
     (checkout / ".env").write_text("WANDB_API_KEY='k' # mine\nexport WANDB_ENTITY=me # or you\nWANDB_MODE=offline\n")
     done = launch(checkout, "ook", "jax", "--no-docker", env=bare | {"WANDB_MODE": "online"})
-    assert lines(done) == [settings[3], python], "what .env gives is not missing, and the environment wins over it"
+    assert lines(done) == [settings[3], python], "values in .env count, and the environment overrides them"
 
     (tools / "docker").write_text("#!/bin/sh\nexit 1\n")
     (tools / "docker").chmod(0o755)
-    daemon = "the docker daemon: it does not run, or this user may not use it (try: docker info)"
+    daemon = "the Docker daemon: it is not running, or this user may not use it (try: docker info)"
     assert daemon in lines(launch(checkout, "ook", env=bare))
     (tools / "python").symlink_to(shutil.which("false"))
     done = launch(checkout, "ook", "--no-docker", env=bare)
@@ -189,7 +194,7 @@ def test_everything_that_is_missing_is_said_in_a_line_of_its_own(checkout):
 
 def test_flags_become_constants_of_the_sweep():
     flags = "--num-epochs 1 --no-tf32 --mlp-head-units 8 4 --dataset=synthetic --wandb-tags a --use_wandb=True"
-    assert sweep_py.constants(flags.split()) == {
+    assert sweep_py.parse_flags(flags.split()) == {
         "num_epochs": 1,
         "tf32": False,
         "mlp_head_units": [8, 4],
@@ -200,7 +205,7 @@ def test_flags_become_constants_of_the_sweep():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# End to end: the real launcher, W&B's real client and agent, real trainings; only the server is ours.
+# End to end: the real launcher, W&B's client and agent, and real training runs. Only the server is a stand-in.
 # ----------------------------------------------------------------------------------------------------------------------
 
 TINY = "--image-size 16 --patch-size 4 --projection-dim 32 --transformer-layers 1 --mlp-head-units=[32] --measure-seconds 0"
@@ -215,7 +220,7 @@ def server():
 
 
 class Launched:
-    """A launcher in a session of its own, without a terminal; its lines are read as they come."""
+    """A launcher running in its own session without a terminal. A thread reads its output."""
 
     def __init__(self, folder: Path, server: WandbServer, device: str, *arguments: str, **env: str):
         env = environment(WANDB_BASE_URL=server.url, **env)
@@ -231,7 +236,7 @@ class Launched:
     def _read(self) -> None:
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
-            print(f"{time.monotonic() - self.started:6.1f} s  {line}", end="")  # pytest shows it when the test fails
+            print(f"{time.monotonic() - self.started:6.1f} s  {line}", end="")  # pytest shows this when the test fails
             self.on_line(line)
 
     def wait(self, timeout: float = 600) -> int:
@@ -244,25 +249,25 @@ class Launched:
         return status
 
     def wait_for(self, condition, timeout: float = 300) -> None:
-        ends = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < ends and self.process.poll() is None, "\n".join(self.lines)
+            assert time.monotonic() < deadline and self.process.poll() is None, "\n".join(self.lines)
             time.sleep(0.1)
 
 
-def processes(of: Path) -> list[str]:
-    """The command lines of all processes that were started in a folder."""
-    found = []
+def processes(folder: Path) -> list[str]:
+    """The command lines of all processes whose working directory is `folder`."""
+    command_lines = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if (process / "cwd").readlink() == of:
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:  # it has ended
+            if (process / "cwd").readlink() == folder:
+                command_lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # the process has ended
             continue
-    return found
+    return command_lines
 
 
-def in_another_thread(function, *arguments, after: float = 0.0) -> None:
+def call_later(function, *arguments, after: float = 0.0) -> None:
     timer = threading.Timer(after, function, arguments)
     timer.daemon = True
     timer.start()
@@ -271,23 +276,26 @@ def in_another_thread(function, *arguments, after: float = 0.0) -> None:
 @end_to_end
 @pytest.mark.skipif("torch" not in INSTALLED, reason="torch is not installed")
 def test_a_sweep_from_end_to_end(checkout, server, digits):
-    """Five trials: one complete, one that cannot be built, one that Hyperband stops, one during whose training the server
-    goes away for a while, and one for which it is away from the start. Then another launcher joins with one more."""
+    """Five trials end in five ways, then another launcher joins and runs a sixth.
+
+    The first completes, the second cannot be built, and Hyperband stops the third. The server is away for a while during
+    the fourth, and from the start of the fifth.
+    """
     server.change = {1: {"patch_size": 400}, 2: {"num_epochs": 5000}, 3: {"num_epochs": 100}}
     server.stop_after = {2: 2}
-    server.on_run = lambda run: run["n"] == 4 and in_another_thread(server.go_away, after=0.5)
+    server.on_run = lambda run: run["n"] == 4 and call_later(server.go_away, after=0.5)
 
     def go_away_and_come_back(line: str) -> None:
         if line == "Epoch 5/100\n":
-            in_another_thread(server.go_away)
-            in_another_thread(server.come_back, after=10)
+            call_later(server.go_away)
+            call_later(server.come_back, after=10)
         elif "W&B logs offline" in line:
-            in_another_thread(server.come_back)
+            call_later(server.come_back)
 
     flags = [*TINY.split(), "--num-epochs", "3", "--dataset", str(digits)]
     flags += ["--checkpoint-path", str(checkout / "best.weights.h5")]
-    patience = {"WANDB_HTTP_TIMEOUT": "5"}  # seconds, while the server is away
-    launched = Launched(checkout, server, "ook", "pytorch", "--no-docker", "--count", "5", "--", *flags, **patience)
+    http_timeout = {"WANDB_HTTP_TIMEOUT": "5"}  # seconds until the client notices that the server is away
+    launched = Launched(checkout, server, "ook", "pytorch", "--no-docker", "--count", "5", "--", *flags, **http_timeout)
     launched.on_line = go_away_and_come_back
     seen: set[str] = set()
     while launched.process.poll() is None:
@@ -296,7 +304,7 @@ def test_a_sweep_from_end_to_end(checkout, server, digits):
     assert launched.wait() == 1, launched.lines
     log = "\n".join(launched.lines)
 
-    # What arrived is the file, the device, the backend and the flags, no more.
+    # The server received the file, the device, the backend and the flags, and nothing else.
     (sweep,) = server.sweeps.values()
     expected = json.loads((ROOT / "sweep_config.json").read_text()) | {"name": "vit-ook-pytorch"}
     constants = {"keras_backend": "torch", "node_name": "ook", "num_epochs": 3, "dataset": str(digits)}
@@ -307,7 +315,7 @@ def test_a_sweep_from_end_to_end(checkout, server, digits):
     assert sweep["project"]["name"] == PROJECT and sweep["project"]["entity"]["name"] == ENTITY
     assert f"{server.url}/{ENTITY}/{PROJECT}/sweeps/sweep1" in log
 
-    # Each run has the values that were sent, its history, and its exit status.
+    # Each run reported the values it was sent, its history and its exit status.
     complete, unbuildable, stopped, cut_off, offline = (server.runs[name] for name in sweep["runs"])
     for run in (complete, unbuildable, stopped, cut_off, offline):
         assert run["sweep"] == "sweep1" and run["project"]["name"] == PROJECT, run
@@ -326,7 +334,7 @@ def test_a_sweep_from_end_to_end(checkout, server, digits):
         f"sweep {ENTITY}/{PROJECT}/sweep1 (pytorch): 3 finished, 1 stopped early, 1 failed",
     ]
 
-    # The key was used, and stands nowhere where others can read it.
+    # The key was used, but no command line, log or file shows it.
     assert server.keys == {KEY}
     assert any("wandb agent" in line for line in seen) and any("vit.py" in line for line in seen)
     assert not any(KEY in line for line in seen) and KEY not in log
@@ -334,7 +342,7 @@ def test_a_sweep_from_end_to_end(checkout, server, digits):
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
     assert processes(checkout) == []
 
-    # A second machine of the same kind joins; one of another kind would be recorded wrongly, and is refused.
+    # A second machine for the same device and backend joins. Any other is refused, because its runs would be recorded wrongly.
     path = f"{ENTITY}/{PROJECT}/sweep1"
     joined = Launched(checkout, server, "ook", "pytorch", "--no-docker", "--sweep", path, "--count", "1")
     assert joined.wait() == 0, joined.lines
@@ -350,7 +358,7 @@ def test_a_sweep_from_end_to_end(checkout, server, digits):
 
 @end_to_end
 @pytest.mark.skipif("torch" not in INSTALLED, reason="torch is not installed")
-def test_both_backends_one_after_the_other_on_the_jetson_pytorch_first(checkout, server, digits, compiled_steps):
+def test_both_runs_one_backend_after_the_other_on_the_jetson_pytorch_first(checkout, server, digits, compiled_steps):
     flags = [*TINY.split(), "--num-epochs", "1", "--dataset", str(digits)]
     flags += ["--checkpoint-path", str(checkout / "best.weights.h5")]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled_steps), "KERAS_BACKEND": "jax"}
@@ -368,7 +376,7 @@ def test_both_backends_one_after_the_other_on_the_jetson_pytorch_first(checkout,
 
 @end_to_end
 def test_ctrl_c_ends_the_run_and_the_agent_cleanly(checkout, server, digits, compiled_steps):
-    """As a terminal does it: SIGINT to the whole foreground process group. What was measured is kept."""
+    """SIGINT goes to the whole foreground process group, as from a terminal. The measurements so far are kept."""
     server.change = {0: {"num_epochs": 5000}}
     flags = [*TINY.split(), "--dataset", str(digits), "--checkpoint-path", str(checkout / "best.weights.h5")]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled_steps)}
