@@ -15,6 +15,9 @@ from conftest import INSTALLED, ROOT
 
 import benchmark
 import vit
+from edgebench.compare import launch, verdicts
+from edgebench.compare.report import build_report
+from edgebench.compare.runs import MUST_AGREE, NOTED, NOTED_WITHIN_A_BACKEND, read_failures, read_results
 
 TINY = "--image-size 16 --patch-size 8 --projection-dim 8 --transformer-layers 1 --mlp-head-units 8 --batch-size 256"
 TINY += " --dataset synthetic --num-epochs 2 --measure-seconds 0.1"
@@ -93,7 +96,7 @@ def rates(write, backend: str, *values: float, path: str = "time/train_images_pe
 
 
 def report(folder, baseline: str | None = None) -> str:
-    return benchmark.build_report(benchmark.read_results([folder]), benchmark.read_failures([folder]), baseline)
+    return build_report(read_results([folder]), read_failures([folder]), baseline)
 
 
 def start(*arguments, environment: dict | None = None, **options) -> subprocess.Popen:
@@ -124,13 +127,13 @@ def cells(markdown: str, row: str, column: str) -> str:
 def test_medians_ranges_and_ratios_are_right_and_said_in_words(write, tmp_path):
     rates(write, "jax", 90, 88, 86)
     rates(write, "torch", 110, 132, 120)
-    told = report(tmp_path)
-    assert cells(told, "jax", "training, images/s") == "88.0 (86.0–90.0)"
-    assert cells(told, "torch", "training, images/s") == "120 (110–132)"
-    assert cells(told, "torch / jax", "training, images/s") == "1.36×"
+    text = report(tmp_path)
+    assert cells(text, "jax", "training, images/s") == "88.0 (86.0–90.0)"
+    assert cells(text, "torch", "training, images/s") == "120 (110–132)"
+    assert cells(text, "torch / jax", "training, images/s") == "1.36×"
     assert (
         "torch trained 1.36× as fast as jax (median 120 against 88.0 images/s; ranges do not overlap, n = 3 each)"
-        in told
+        in text
     )
     assert "jax trained 0.733× as fast as torch" in report(tmp_path, baseline="torch")
 
@@ -138,16 +141,16 @@ def test_medians_ranges_and_ratios_are_right_and_said_in_words(write, tmp_path):
 def test_a_difference_within_the_spread_is_not_claimed(write, tmp_path):
     rates(write, "jax", 90, 100, 110)
     rates(write, "torch", 109, 120, 130)
-    told = report(tmp_path)
-    assert "training throughput: no difference between torch and jax that the spread supports" in told
-    assert "as fast as" not in told and cells(told, "torch / jax", "training, images/s") == "(1.20×)"
+    text = report(tmp_path)
+    assert "training throughput: no difference between torch and jax that the spread supports" in text
+    assert "as fast as" not in text and cells(text, "torch / jax", "training, images/s") == "(1.20×)"
 
 
 def test_one_run_each_supports_no_statement(write, tmp_path):
     rates(write, "jax", 90)
     rates(write, "torch", 900)
-    told = report(tmp_path)
-    assert "one run each: no statement is supported; run with --repeats 3" in told and "as fast as" not in told
+    text = report(tmp_path)
+    assert "one run each: no statement is supported; run with --repeats 3" in text and "as fast as" not in text
 
 
 @pytest.mark.parametrize(("accuracy", "supported"), [(0.405, False), (0.415, True)])
@@ -165,23 +168,23 @@ def test_what_was_not_measured_is_never_a_zero(write, tmp_path):
     for _ in range(2):
         write("jax", {**nothing, "time/latency_ms": {}, "energy": {}})
         write("torch")
-    told = report(tmp_path)
+    text = report(tmp_path)
     for column in ("compile, s", "step p50, ms", "one image p50, ms", "energy, J/image"):
-        assert cells(told, "jax", column) == cells(told, "torch / jax", column) == "–"
-    assert "compile time: unavailable for jax." in told and "energy an image: unavailable for jax." in told
+        assert cells(text, "jax", column) == cells(text, "torch / jax", column) == "–"
+    assert "compile time: unavailable for jax." in text and "energy an image: unavailable for jax." in text
     assert (
-        cells(told, "jax", "peak memory, MiB").endswith("RSS") and cells(told, "torch / jax", "peak memory, MiB") == "–"
+        cells(text, "jax", "peak memory, MiB").endswith("RSS") and cells(text, "torch / jax", "peak memory, MiB") == "–"
     )
-    assert "peak memory: not compared" in told
+    assert "peak memory: not compared" in text
 
 
 def test_a_peer_is_compared_with_keras_and_its_lack_of_keras_is_no_difference(write, tmp_path):
     versions = {"Python": "3.11.7", "jax": "0.10", "optax": "0.2", "CUDA": "13.0"}
     rates(write, "jax", 90, 91)
     rates(write, "native-jax", 100, 101, **{"what/versions": versions})
-    told = report(tmp_path)
-    assert "native-jax trained 1.11× as fast as jax" in told and "Note:" not in told
-    assert "Software: Python 3.11.7, Keras 3.15.1, CUDA 13.0, jax 0.10, native-jax 0.10" in told
+    text = report(tmp_path)
+    assert "native-jax trained 1.11× as fast as jax" in text and "Note:" not in text
+    assert "Software: Python 3.11.7, Keras 3.15.1, CUDA 13.0, jax 0.10, native-jax 0.10" in text
 
 
 @pytest.mark.parametrize(
@@ -199,9 +202,9 @@ def test_a_peer_is_compared_with_keras_and_its_lack_of_keras_is_no_difference(wr
 def test_runs_under_other_conditions_are_not_compared_and_the_reason_is_said(path, value, reason, write, tmp_path):
     rates(write, "jax", 90, 91, 92)
     rates(write, "torch", 120, 121, **{path: value})
-    told = report(tmp_path)
-    assert f"Not compared with jax (set 1): {reason}." in told
-    assert "torch / jax" not in told and "as fast as" not in told
+    text = report(tmp_path)
+    assert f"Not compared with jax (set 1): {reason}." in text
+    assert "torch / jax" not in text and "as fast as" not in text
 
 
 def test_what_may_differ_is_compared_but_noted(write, tmp_path):
@@ -209,19 +212,19 @@ def test_what_may_differ_is_compared_but_noted(write, tmp_path):
     rates(write, "jax", 90, 91, **{"what/is_gpu": False})
     changes = {"what/attention": "fused", "what/jit_compile": False, "what/tf32": False, "what/git_commit": "feedbeef"}
     rates(write, "torch", 120, 121, **{"what/is_gpu": False, **changes})
-    told = report(tmp_path)
-    assert "torch trained 1.33× as fast as jax" in told
-    assert cells(told, "torch", "attention") == "fused" and cells(told, "torch", "jit") == "off"
-    assert "Note: the runs differ in git_commit: jax 0123456789abcdef; torch feedbeef" in told
+    text = report(tmp_path)
+    assert "torch trained 1.33× as fast as jax" in text
+    assert cells(text, "torch", "attention") == "fused" and cells(text, "torch", "jit") == "off"
+    assert "Note: the runs differ in git_commit: jax 0123456789abcdef; torch feedbeef" in text
 
 
 def test_devices_have_tables_of_their_own_and_one_backend_is_compared_across_them(write, tmp_path):
     rates(write, "jax", 100, 101, 102)
     rates(write, "torch", 90, 91, 92)
     rates(write, "jax", 49, 50, 51, **{"what/device": "Orin", "what/power_mode": "pmode:0003"})
-    told = report(tmp_path)
-    assert "## Some GPU, node bench" in told and "## Orin, node bench, power mode pmode:0003" in told
-    across = told.partition("## Across devices")[2].partition("##")[0]
+    text = report(tmp_path)
+    assert "## Some GPU, node bench" in text and "## Orin, node bench, power mode pmode:0003" in text
+    across = text.partition("## Across devices")[2].partition("##")[0]
     assert "jax on Some GPU, node bench trains 2.02× as fast as on Orin, node bench, power mode pmode:0003" in across
     assert across.count("as fast as") == 1 and "torch on" not in across
 
@@ -234,10 +237,10 @@ def test_broken_and_foreign_files_cost_a_line_and_a_copy_counts_once(write, tmp_
     (tmp_path / "other.json").write_text('[{"name": "x"}]')
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "copy.json").write_text(original.read_text())
-    assert [run.path.name for run in benchmark.read_results([tmp_path])] == [original.name]
-    told = capsys.readouterr().err
-    assert told.count("benchmark.py: warning: ") == told.count("\n") == 4
-    assert told.count("cannot be read") == 2 and "schema version 3" in told and "counts once" in told
+    assert [run.path.name for run in read_results([tmp_path])] == [original.name]
+    warnings = capsys.readouterr().err
+    assert warnings.count("benchmark.py: warning: ") == warnings.count("\n") == 4
+    assert warnings.count("cannot be read") == 2 and "schema version 3" in warnings and "counts once" in warnings
 
 
 def test_the_report_comes_as_markdown_csv_and_picture(write, tmp_path):
@@ -268,10 +271,11 @@ def test_without_matplotlib_everything_but_the_picture_is_written(write, tmp_pat
 
 def test_every_figure_and_condition_exists_in_what_vit_writes():
     """A name that changes in vit.py would otherwise show as a figure that could not be measured."""
-    assert benchmark.BACKENDS == vit.BACKENDS
+    assert launch.BACKENDS == vit.BACKENDS
     schema = json.loads((ROOT / "results.schema.json").read_text())
-    figures = [path for metric in (*benchmark.SPEED, *benchmark.REST) for path, _ in metric.sources]
-    facts = (*benchmark.MUST_AGREE, *benchmark.NOTED, *benchmark.NOTED_WITHIN_A_BACKEND)
+    metrics = (*verdicts.SPEED, *verdicts.COSTS_AND_QUALITY)
+    figures = [path for metric in metrics for path in (metric.path, metric.fallback) if path]
+    facts = (*MUST_AGREE, *NOTED, *NOTED_WITHIN_A_BACKEND)
     for path in [*figures, *(f"what/{fact}" for fact in facts)]:
         section, name, *_ = path.split("/")
         assert name in schema["properties"][section]["properties"], path
@@ -280,11 +284,11 @@ def test_every_figure_and_condition_exists_in_what_vit_writes():
 
 
 def test_the_order_is_reversed_from_round_to_round():
-    assert benchmark.alternating(["jax", "torch"], 3) == ["jax", "torch", "torch", "jax", "jax", "torch"]
+    assert launch.alternating(["jax", "torch"], 3) == ["jax", "torch", "torch", "jax", "jax", "torch"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--backends", "mxnet"], "mxnet"),
         (["--repeats", "0"], "--repeats"),
@@ -297,10 +301,10 @@ def test_the_order_is_reversed_from_round_to_round():
         (["--", "--checkpoint-path", "x"], "--checkpoint-path"),
     ],
 )
-def test_wrong_input_is_refused_with_one_line(arguments, told, capsys):
+def test_wrong_input_is_refused_with_one_line(arguments, message, capsys):
     assert benchmark.main(arguments) == 2
     stdout, stderr = capsys.readouterr()
-    assert stdout == "" and stderr.startswith("benchmark.py: error: ") and stderr.count("\n") == 1 and told in stderr
+    assert stdout == "" and stderr.startswith("benchmark.py: error: ") and stderr.count("\n") == 1 and message in stderr
 
 
 def test_wandb_is_off_unless_the_flags_speak_of_it():
@@ -319,9 +323,9 @@ def test_backends_run_and_are_reported(tmp_path):
     assert status == 0, stdout
     for number, name in enumerate(backends, start=1):
         assert re.search(rf"^\[{number}/{len(backends)}\] {name} \.\.\. \d+ s, [\d,.]+ images/s$", stdout, re.M), stdout
-        for metric in (benchmark.TRAINING, benchmark.COMPILE, benchmark.MEMORY, benchmark.ACCURACY):
-            assert re.search(r"\d", cells(stdout, name, f"{metric.title}, {metric.unit}")), metric.title
-    assert sorted(run.backend for run in benchmark.read_results([out])) == sorted(backends)
+        for metric in (verdicts.TRAINING, verdicts.COMPILE, verdicts.MEMORY, verdicts.ACCURACY):
+            assert re.search(r"\d", cells(stdout, name, metric.heading)), metric.title
+    assert sorted(run.backend for run in read_results([out])) == sorted(backends)
     left = {path.name for path in out.iterdir() if not path.name.endswith(".json")}
     assert left - {"report.png"} == {"logs", "report.md", "report.csv"} and not (tmp_path / "wandb").exists()
 
@@ -348,7 +352,7 @@ def test_a_run_that_fails_is_told_with_its_reason_and_stops_no_other(tmp_path):
 )
 def test_the_reason_of_a_failure_is_the_line_that_tells_most(status, stderr, reason, tmp_path):
     (tmp_path / "1-jax.stderr.log").write_text(stderr)
-    assert benchmark._reason(status, tmp_path / "1-jax.log") == reason
+    assert launch.failure_reason(status, tmp_path / "1-jax.log") == reason
 
 
 def test_ctrl_c_reports_what_has_finished(tmp_path):
@@ -362,6 +366,6 @@ def test_ctrl_c_reports_what_has_finished(tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, (stdout, stderr)
-    assert len(benchmark.read_results([out])) == 1 and (out / "report.md").exists()
+    assert len(read_results([out])) == 1 and (out / "report.md").exists()
     assert f"Runs: 1 (1 {backend})" in stdout and "stopped by SIGINT" in stdout
     assert "Traceback" not in stderr and not list(out.glob("checkpoint-*"))
