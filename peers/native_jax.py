@@ -1,4 +1,4 @@
-"""The model and training of vit.py, written by hand in JAX and optax: what vit.py on JAX is held against.
+"""The model and training of vit.py, written by hand in JAX and optax, to compare vit.py on JAX with.
 
     python peers/native_jax.py --dataset synthetic --num-epochs 2 --no-use-wandb    # the flags of vit.py
     python benchmark.py --backends jax native-jax
@@ -28,8 +28,7 @@ import optax
 import vit
 from peers import experiment
 
-ROTATION, ZOOM = 2 * np.pi * 0.02, 0.2  # radians, share: vit.create_data_augmentation's
-DROPOUT, HEAD_DROPOUT = 0.1, 0.5
+ROTATION = 2 * np.pi * vit.ROTATION  # radians
 COMPUTE = {"float32": jnp.float32, "mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 
 
@@ -45,13 +44,13 @@ def resize(images, size: int):
 
 
 def augment(key, images, size: int):
-    """Resize, flip, rotate and zoom by one bilinear gather: for every output pixel, where does it come from?"""
+    """Resize, flip, rotate and zoom by one bilinear gather: for every output pixel, compute where it comes from."""
     batch, height, width, channels = images.shape
     flip, turn, zoom_y, zoom_x = jax.random.uniform(key, (4, batch, 1, 1), minval=-1.0, maxval=1.0)
     center = (size - 1) / 2
     pixel = jnp.arange(size) - center
-    y = reflect(pixel[None, :, None] * (1 + ZOOM * zoom_y) + center, size) - center
-    x = reflect(pixel[None, None, :] * (1 + ZOOM * zoom_x) + center, size) - center
+    y = reflect(pixel[None, :, None] * (1 + vit.ZOOM * zoom_y) + center, size) - center
+    x = reflect(pixel[None, None, :] * (1 + vit.ZOOM * zoom_x) + center, size) - center
     cos, sin = jnp.cos(ROTATION * turn), jnp.sin(ROTATION * turn)
     x, y = reflect(cos * x - sin * y + center, size), reflect(sin * x + cos * y + center, size)
     x = jnp.where(flip < 0, size - 1 - x, x)
@@ -98,7 +97,7 @@ def init_params(config: vit.ViTConfig, channels: int, num_classes: int, seed: in
         return [dense(a, b) for a, b in zip([width, *hidden_units], hidden_units, strict=False)]
 
     def block() -> dict:
-        # Keras takes the attention's kernels (dim, heads, dim) and (heads, dim, dim) for convolutions of that many fans.
+        # Keras computes the fans of the attention's kernels (dim, heads, dim) and (heads, dim, dim) as for convolutions.
         qkv_limit, out_limit = (6 / (dim * (heads + dim))) ** 0.5, (6 / (heads * (dim + dim))) ** 0.5
         return {
             "norm1": norm(),
@@ -132,10 +131,10 @@ def layer_norm(params: dict, x):
 
 
 def dropout(words, x, rate: float):
-    """Drop a share of `x`; without random words, as in evaluation, nothing.
+    """Drop a share of `x` if there are random words, as in training.
 
-    An element is kept or dropped by a hash of its number and two random words (Wellons' lowbias32), which XLA computes in
-    the loop that uses it: on a CPU JAX's own generator takes longer than the attention that it drops from.
+    A hash of an element's index and two random words (Wellons' lowbias32) decides. XLA computes it in the loop that uses
+    it, whereas on a CPU JAX's own generator takes longer than the attention that it drops from.
     """
     if words is None or rate == 0:
         return x
@@ -148,7 +147,7 @@ def dropout(words, x, rate: float):
 
 def attention(params: dict, x, heads: int, rate: float, words):
     batch, tokens, dim = x.shape
-    # Three products, not one that is then taken apart: on a CPU the copies of that cost a sixth of a step.
+    # Three products: one product that is then taken apart costs copies, on a CPU a sixth of a step.
     kernel, bias = (params["qkv"][name].astype(x.dtype) for name in "wb")
     kernel, bias = kernel.reshape(dim, 3, heads, dim), bias.reshape(3, heads, dim)
     q, k, v = (jnp.einsum("btd,dhe->bthe", x, kernel[:, i]) + bias[i] for i in range(3))
@@ -158,7 +157,7 @@ def attention(params: dict, x, heads: int, rate: float, words):
         on_cudnn = on_gpu and x.dtype != jnp.float32 and dim % 8 == 0
         mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if on_cudnn else None)
     else:  # jax.nn's has no dropout
-        # The query is scaled, and not the scores, which are more; the softmax is in the number format of the rest, as Keras'.
+        # The query is scaled rather than the scores, as it is smaller. The softmax has the number format of the rest, as in Keras.
         weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q * dim**-0.5, k))
         mixed = jnp.einsum("bhqk,bkhd->bqhd", dropout(words, weights, rate), v)
     return dense(params["out"], mixed.reshape(batch, tokens, heads * dim))
@@ -171,16 +170,16 @@ def mlp(params: list[dict], x, rate: float, words):
 
 
 def vision_transformer(params: dict, images, config: vit.ViTConfig, words=None):
-    """Images (B, size, size, C), normalized -> logits (B, classes) in float32. `words`: random ones for dropout, in training alone."""
+    """Images (B, size, size, C), normalized -> logits (B, classes) in float32. `words`: random words for dropout in training."""
     batch, size, p = len(images), config.image_size // config.patch_size, config.patch_size
     patches = images[:, : size * p, : size * p].reshape(batch, size, p, size, p, -1).transpose(0, 1, 3, 2, 4, 5)
     x = dense(params["patches"], patches.reshape(batch, size * size, -1)) + params["positions"].astype(images.dtype)
     for block in params["blocks"]:
         normed = layer_norm(block["norm1"], x)
         x = x + attention(block, normed, config.num_heads, config.attention_dropout, words)
-        x = x + mlp(block["mlp"], layer_norm(block["norm2"], x), DROPOUT, words)
-    x = dropout(words, layer_norm(params["norm"], x).reshape(batch, -1), HEAD_DROPOUT)
-    return dense(params["logits"], mlp(params["head"], x, HEAD_DROPOUT, words).astype(jnp.float32))
+        x = x + mlp(block["mlp"], layer_norm(block["norm2"], x), vit.BLOCK_DROPOUT, words)
+    x = dropout(words, layer_norm(params["norm"], x).reshape(batch, -1), vit.HEAD_DROPOUT)
+    return dense(params["logits"], mlp(params["head"], x, vit.HEAD_DROPOUT, words).astype(jnp.float32))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -197,14 +196,14 @@ def statistics(logits, labels):
 
 
 def scale_after(finite, scale, good_steps):
-    """Dynamic loss scaling as Keras has it: half the scale after an overflow, twice after 2,000 good steps."""
+    """Dynamic loss scaling as in Keras: half the scale after an overflow, twice the scale after 2,000 good steps."""
     good_steps = jnp.where(finite, good_steps + 1, 0)
     grown = jnp.where(good_steps >= 2000, scale * 2, scale)
     return jnp.where(finite, grown, scale / 2), jnp.where(good_steps >= 2000, 0, good_steps)
 
 
 class NativeJax:
-    """What peers/experiment.py drives: steps, evaluation, prediction, and the weights as they are at one moment."""
+    """The interface to peers/experiment.py: steps, evaluation, prediction, and snapshots of the weights."""
 
     name = "native-jax"
     packages = ("jax", "optax")
@@ -212,14 +211,14 @@ class NativeJax:
 
     @staticmethod
     def configure() -> None:
-        """JAX has read its environment when vit.py was imported, before the flags were."""
+        """Apply the environment that the flags have set: JAX read its own when vit.py was imported, before the flags."""
         for option in ("jax_platforms", "jax_compilation_cache_dir"):
             jax.config.update(option, os.environ.get(option.upper()))
 
     def __init__(self, config: vit.ViTConfig, data: vit.Dataset, mean: np.ndarray, std: np.ndarray):
         self.config, self.mean, self.std = config, mean, std
         self.has_scale = config.dtype_policy == "mixed_float16"
-        # optax's epsilon stands beside the bias-corrected root, Keras' beside the root as it is: no matter, it is so small.
+        # optax adds epsilon after the bias correction, Keras before it. At 1e-7 that makes no difference.
         self.optimizer = optax.adamw(config.learning_rate, eps=1e-7, weight_decay=config.weight_decay)
         self.train_images, self.train_labels = self.on_device(data.x_train, data.y_train)
         self.set_params(init_params(config, data.image_shape[2], data.num_classes, config.seed))

@@ -1,4 +1,4 @@
-"""The model and training of vit.py, written by hand in PyTorch: what vit.py on torch is held against.
+"""The model and training of vit.py, written by hand in PyTorch, to compare vit.py on torch with.
 
     python peers/native_torch.py --dataset synthetic --num-epochs 2 --no-use-wandb    # the flags of vit.py
     python benchmark.py --backends torch native-torch
@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import vit
+from edgebench.layers import attention_path
 from peers import experiment
 
-ROTATION, ZOOM = 2 * math.pi * 0.02, 0.2  # radians, share: vit.create_data_augmentation's
-DROPOUT, HEAD_DROPOUT = 0.1, 0.5
+ROTATION = 2 * math.pi * vit.ROTATION  # radians
 COMPUTE = {"float32": torch.float32, "mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
 
 
@@ -44,13 +44,13 @@ def resize(images, size: int):
 
 
 def augment(images, size: int):
-    """Resize, flip, rotate and zoom by one bilinear gather: for every output pixel, where does it come from?"""
+    """Resize, flip, rotate and zoom by one bilinear gather: for every output pixel, compute where it comes from."""
     batch, height, width, channels = images.shape
     flip, turn, zoom_y, zoom_x = 2 * torch.rand(4, batch, 1, 1, device=images.device) - 1
     center = (size - 1) / 2
     pixel = torch.arange(size, device=images.device) - center
-    y = reflect(pixel[None, :, None] * (1 + ZOOM * zoom_y) + center, size) - center
-    x = reflect(pixel[None, None, :] * (1 + ZOOM * zoom_x) + center, size) - center
+    y = reflect(pixel[None, :, None] * (1 + vit.ZOOM * zoom_y) + center, size) - center
+    x = reflect(pixel[None, None, :] * (1 + vit.ZOOM * zoom_x) + center, size) - center
     cos, sin = torch.cos(ROTATION * turn), torch.sin(ROTATION * turn)
     x, y = reflect(cos * x - sin * y + center, size), reflect(sin * x + cos * y + center, size)
     x = torch.where(flip < 0, size - 1 - x, x)
@@ -89,10 +89,10 @@ def dense(width: int, units: int, limit: float | None = None) -> nn.Linear:
 
 
 class Dropout(nn.Dropout):
-    """torch's own, but hashed where it is compiled for a CPU, on which inductor's generator is slow.
+    """torch's dropout, but hashed where it is compiled for a CPU, on which inductor's generator is slow.
 
-    There an element is kept or dropped by a hash of its number and two random words (Wellons' lowbias32), in the loop that
-    uses it. The integers are signed: a shift to the right needs its mask, and a constant may have to be negative.
+    There a hash of an element's index and two random words (Wellons' lowbias32) decides, in the loop that uses it. The
+    integers are signed: hence the masks after shifts to the right, and the negative constant.
     """
 
     def forward(self, x):
@@ -115,7 +115,7 @@ class MLP(nn.Sequential):
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, rate: float):
         super().__init__()
-        # Keras takes the kernels (dim, heads, dim) and (heads, dim, dim) for convolutions of that many fans.
+        # Keras computes the fans of the kernels (dim, heads, dim) and (heads, dim, dim) as for convolutions.
         self.heads, self.dropout = heads, Dropout(rate)
         self.qkv = dense(dim, 3 * heads * dim, (6 / (dim * (heads + dim))) ** 0.5)
         self.out = dense(heads * dim, dim, (6 / (heads * (dim + dim))) ** 0.5)
@@ -124,9 +124,8 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, dim).permute(2, 0, 3, 1, 4)
         rate = self.dropout.p if self.training else 0.0
-        if (
-            rate and not x.is_cuda and torch.compiler.is_compiling()
-        ):  # torch has no kernel of attention with dropout for a CPU
+        # torch has no kernel of attention with dropout for a CPU.
+        if rate and not x.is_cuda and torch.compiler.is_compiling():
             mixed = self.dropout(F.softmax(q @ k.transpose(2, 3) / dim**0.5, -1)) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
@@ -139,7 +138,7 @@ class Block(nn.Module):
         dim = config.projection_dim
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attention = Attention(dim, config.num_heads, config.attention_dropout)
-        self.mlp = MLP(dim, config.transformer_units, DROPOUT)
+        self.mlp = MLP(dim, config.transformer_units, vit.BLOCK_DROPOUT)
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -156,7 +155,7 @@ class VisionTransformer(nn.Module):
         self.positions = nn.Parameter(torch.empty(tokens, dim).uniform_(-0.05, 0.05))
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.transformer_layers)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Sequential(Dropout(HEAD_DROPOUT), MLP(tokens * dim, config.mlp_head_units, HEAD_DROPOUT))
+        self.head = nn.Sequential(Dropout(vit.HEAD_DROPOUT), MLP(tokens * dim, config.mlp_head_units, vit.HEAD_DROPOUT))
         self.logits = dense(config.mlp_head_units[-1], num_classes)
 
     def forward(self, images):
@@ -181,14 +180,14 @@ def statistics(logits, labels):
 
 
 class NativeTorch:
-    """What peers/experiment.py drives: steps, evaluation, prediction, and the weights as they are at one moment."""
+    """The interface to peers/experiment.py: steps, evaluation, prediction, and snapshots of the weights."""
 
     name = "native-torch"
     packages = ("torch",)
 
     @staticmethod
     def configure() -> None:
-        """torch reads its environment when it first needs it: nothing is left to do."""
+        """Do nothing: torch reads its environment when it first needs it."""
 
     def __init__(self, config: vit.ViTConfig, data: vit.Dataset, mean: np.ndarray, std: np.ndarray):
         torch.manual_seed(config.seed)
@@ -200,7 +199,7 @@ class NativeTorch:
         self.is_compiled = config.jit != "off"
         self.start_optimizer()
         self.begin_epoch(np.arange(len(self.train_images)), config.seed)
-        # The last, partial batch of an epoch gets a graph of its own, not one for any size, which would be slower.
+        # The last, partial batch of an epoch gets a graph of its own: one graph for any size would be slower.
         options = {"dynamic": False, "mode": "reduce-overhead" if self.device.type == "cuda" else None}
         if self.is_compiled:
             torch._dynamo.config.recompile_limit = 16  # sizes of a batch: whole, partial, one; in training and not
@@ -208,8 +207,7 @@ class NativeTorch:
             self.logits = torch.compile(self.logits, **options)
 
     def start_optimizer(self) -> None:
-        """AdamW and loss scaling, from their beginning. Keras' epsilon stands beside a root that is not bias-corrected: no
-        matter, it is so small."""
+        """Reset AdamW and the loss scale. Keras adds epsilon before the bias correction; at 1e-7 that makes no difference."""
         lr, decay = self.config.learning_rate, self.config.weight_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=decay, eps=1e-7, fused=True)
         is_float16 = self.config.dtype_policy == "mixed_float16"
@@ -217,7 +215,9 @@ class NativeTorch:
 
     @property
     def attention(self) -> str:
-        return vit._attention_path(self.config, self.is_compiled)
+        config, compute_dtype = self.config, str(COMPUTE[self.config.dtype_policy]).removeprefix("torch.")
+        shape = (config.batch_size, config.num_heads, config.num_patches, config.projection_dim)
+        return attention_path(shape, config.attention_dropout, compute_dtype, self.is_compiled)
 
     @property
     def num_parameters(self) -> int:
@@ -267,7 +267,7 @@ class NativeTorch:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)  # lets go of the CUDA graph's memory before the next replay
+        self.optimizer.zero_grad(set_to_none=True)  # frees the CUDA graph's memory before the next replay
         self.sums += sums
         return sums[0] / size
 

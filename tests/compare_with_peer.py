@@ -77,7 +77,9 @@ def numpy(tensor) -> np.ndarray:
 
 
 def keras_model() -> keras.Model:
-    model = vit.create_vit_classifier(CONFIG, X.shape[1:], 7, vit.create_data_augmentation(CONFIG, X))
+    model = vit.create_vit_classifier(
+        CONFIG, X.shape[1:], 7, vit.create_data_augmentation(CONFIG.augmentation, CONFIG.image_size, X)
+    )
     for variable in model.trainable_weights:
         if len(variable.shape) == 1:  # biases of 0 and scales of 1 would not tell
             variable.assign(variable + rng.normal(0, 0.1, variable.shape).astype("float32"))

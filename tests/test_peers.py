@@ -10,6 +10,7 @@ import pytest
 from conftest import INSTALLED, ROOT, TINY
 
 import vit
+from edgebench.cli import ExperimentError
 from peers import experiment
 
 PEERS = [name for name in ("jax", "torch") if name in INSTALLED]
@@ -60,6 +61,6 @@ def test_a_peer_learns_and_leaves_the_results_that_vit_leaves(backend, digits, t
 def test_what_a_peer_does_not_have_is_refused_with_one_line(tmp_path):
     done = run_peer(PEERS[-1], "--dataset", "synthetic", "--augmentation", "stock", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--augmentation" in done.stderr
-    for config in (vit.ViTConfig(resume=True), vit.ViTConfig(fit_batch=True)):
-        with pytest.raises(vit.ExperimentError, match="have no --"):
+    for config in (vit.ViTConfig(resume=True), vit.ViTConfig(gradient_accumulation_steps=2)):
+        with pytest.raises(ExperimentError, match="have no --"):
             experiment.check(config)

@@ -6,9 +6,10 @@ import json
 import pytest
 from test_benchmark import BASE
 
-import benchmark
-import ratios
 import vit
+from edgebench import cli
+from edgebench.compare import launch
+from peers import ratios
 
 RATES = {  # images/s of three epochs, by row: of a, and of b
     "jax-stock": ((100, 90, 88), (50, 60, 40)),
@@ -52,8 +53,8 @@ def test_every_side_is_one_that_the_programs_know():
     for suite in (ratios.CPU, ratios.GPU):
         assert len({row.name for row in suite.rows}) == len(suite.rows)
         for side in [side for row in suite.rows for side in (row.a, row.b)]:
-            assert side.backend in (*benchmark.BACKENDS, *benchmark.PEERS)
-            vit._parse_command_line(side.flags.split())
+            assert side.backend in (*launch.BACKENDS, *launch.PEERS)
+            cli.parse(vit.ViTConfig, side.flags.split())
     assert ratios.MEMORY_ROW in [row.name for row in ratios.GPU.rows]
 
 

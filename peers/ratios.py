@@ -1,11 +1,11 @@
 """What does Keras cost against code written by hand, and what does each fast path bring? One command, one table.
 
-    python ratios.py                       # the rows for the CPU, and those for a GPU where there is one
-    python ratios.py --devices cpu --runs 3
-    python ratios.py --small               # a small model, to see in minutes that everything runs
-    python ratios.py --rows jax-by-hand    # some rows only, by the names that --help lists
-    python ratios.py --out DIR             # more runs, where DIR has some
-    python ratios.py --report DIR          # no new runs: the table of what is there
+    python peers/ratios.py                       # the rows for the CPU, and those for a GPU where there is one
+    python peers/ratios.py --devices cpu --runs 3
+    python peers/ratios.py --small               # a small model, to see in minutes that everything runs
+    python peers/ratios.py --rows jax-by-hand    # some rows only, by the names that --help lists
+    python peers/ratios.py --out DIR             # more runs, where DIR has some
+    python peers/ratios.py --report DIR          # no new runs: the table of what is there
 
 The two sides of a row (a backend or a peer, with flags) live at the same time and take turns: while one trains an epoch
 the other one is stopped, and who begins changes from epoch to epoch. So a machine whose speed drifts, as most do, slows
@@ -32,12 +32,17 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
 import numpy as np
 
-import benchmark
-from benchmark import NONE, VIT, BenchmarkError, Run
+from edgebench.cli import ExperimentError, Interrupted, is_installed, require
+from edgebench.compare import launch
+from edgebench.compare.report import markdown_table
+from edgebench.compare.runs import NONE, Run, distinct, read_new_run
+from edgebench.compare.verdicts import format_number
 
-TURNS = VIT.parent / "peers" / "turns.py"
+TURNS = launch.ROOT / "peers" / "turns.py"
 SMALL = "--image-size 32 --patch-size 8 --projection-dim 32 --transformer-layers 2 --mlp-head-units 128"
 HELP_RUNS = 10
 WARM_UP = 2  # epochs that do not count: see above
@@ -57,10 +62,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Row:
-    """How fast `a` is, by the speed of `b`."""
+    """A row of the table: the speed of `a` relative to `b`."""
 
     name: str  # of its folder
-    what: str
+    description: str
     bar: str
     a: Side
     b: Side
@@ -81,7 +86,7 @@ CPU = Suite(
     batch_size=64,
     steps=4,
     rows=(
-        # Keras takes its own augmentation for not compilable on JAX, and with it the whole model; vit.py compiles it.
+        # Keras does not compile its own augmentation on JAX, nor the model around it; vit.py does.
         Row(
             "jax-stock-as-keras",
             "JAX: fused against stock augmentation as Keras runs it",
@@ -168,20 +173,20 @@ def write_images(path: Path, batch_size: int, steps: int) -> None:
 
 
 class Turns:
-    """A run of peers/turns.py as a process that goes on by an epoch when it is let, with all that it leaves in `folder`."""
+    """A process of peers/turns.py that runs an epoch at each `go_on` and leaves its files in `folder`."""
 
     def __init__(self, side: Side, device: str, flags: Sequence[str], folder: Path):
         folder.mkdir(parents=True)
         self.side, self.folder, self.log = side, folder, folder / "logs" / "run.log"
         self.log.parent.mkdir()
-        package = benchmark._package(side.backend)
+        package = launch.packages_of(side.backend)[0]
         environment = {**os.environ, "KERAS_BACKEND": package, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"} if device == "cpu" else {}
-        ours = ["--keras-backend", package, "--device", device, "--results-dir", str(folder)]
-        ours += ["--checkpoint-path", str(folder / "best.weights.h5"), *side.flags.split()]
-        with self.log.open("wb") as stdout, benchmark._stderr_log(self.log).open("wb") as stderr:
+        own_flags = ["--keras-backend", package, "--device", device, "--results-dir", str(folder)]
+        own_flags += ["--checkpoint-path", str(folder / "best.weights.h5"), *side.flags.split()]
+        with self.log.open("wb") as stdout, launch.stderr_log(self.log).open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, str(TURNS), side.backend, *flags, *ours],
+                [sys.executable, str(TURNS), side.backend, *flags, *own_flags],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
@@ -189,13 +194,13 @@ class Turns:
             )
 
     def wait(self) -> None:
-        """Until the process has stopped itself, or has ended."""
+        """Wait until the process has stopped itself, or has ended."""
         _, status = os.waitpid(self.process.pid, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
             self.process.returncode = os.waitstatus_to_exitcode(status)
 
     def go_on(self) -> float:
-        """Let it go on by an epoch, or to its end after the last one; seconds that this has taken."""
+        """Let it continue for an epoch, or to its end after the last one; return the seconds that this took."""
         began = time.perf_counter()
         if self.process.returncode is None:
             self.process.send_signal(signal.SIGCONT)
@@ -207,11 +212,11 @@ class Turns:
         if self.process.returncode is None:
             return None
         if self.process.returncode:
-            return benchmark._reason(self.process.returncode, self.log)
-        return None if benchmark._read_new(self.folder, set()) else "ended well, but left no results file"
+            return launch.failure_reason(self.process.returncode, self.log)
+        return None if read_new_run(self.folder) else "ended well, but left no results file"
 
     def end(self) -> None:
-        """Whatever it does: nothing is left of it but results and logs."""
+        """End the process, if it runs, and remove all that it left but results and logs."""
         if self.process.returncode is None:
             self.process.kill()
             self.process.wait()
@@ -220,7 +225,7 @@ class Turns:
 
 
 def run_pair(row: Row, device: str, flags: Sequence[str], epochs: int, folder: Path) -> str | None:
-    """Both sides of a row, an epoch in turn, into folder/a and folder/b; why there is no pair, if there is none."""
+    """Run both sides of a row, an epoch in turn, into folder/a and folder/b; return why there is no pair, or None."""
     with contextlib.ExitStack() as cleanup:
         sides = []
         for name, side in (("a", row.a), ("b", row.b)):
@@ -246,7 +251,7 @@ def run_pair(row: Row, device: str, flags: Sequence[str], epochs: int, folder: P
 
 
 def run_suite(suite: Suite, args: argparse.Namespace, out: Path) -> None:
-    """Every row, into out/DEVICE/ROW/NUMBER/{a,b}, after what is there."""
+    """Run every row, into out/DEVICE/ROW/NUMBER/{a,b}; runs that are there already stay."""
     steps, batch_size = args.steps or suite.steps, suite.batch_size
     images = out / f"{suite.device}-images.npz"
     write_images(images, batch_size, steps)
@@ -261,19 +266,21 @@ def run_suite(suite: Suite, args: argparse.Namespace, out: Path) -> None:
                 before = max((int(path.name) for path in out.glob(f"{suite.device}/{row.name}/*")), default=0)
                 folder, began = out / suite.device / row.name / f"{before + 1:02}", time.perf_counter()
                 failure = run_pair(row, suite.device, ["--dataset", str(images), *flags.split()], args.epochs, folder)
-                told = f"failed: {failure}" if failure else " ".join(row_cells(row, [read_pair(folder)])[:1])
+                outcome = f"failed: {failure}" if failure else row_cells(row, [read_pair(folder)])[0]
                 seconds = time.perf_counter() - began
-                print(f"[{suite.device} {number}/{args.runs}] {row.what}: {told}, {seconds:.0f} s", flush=True)
+                print(
+                    f"[{suite.device} {number}/{args.runs}] {row.description}: {outcome}, {seconds:.0f} s", flush=True
+                )
     finally:
         images.unlink()
 
 
 def measure_help(out: Path) -> None:
-    """Seconds of `python vit.py --help`, into out/help.json."""
+    """Write the seconds of `python vit.py --help` to out/help.json."""
     seconds = []
     for _ in range(HELP_RUNS):
         began = time.perf_counter()
-        subprocess.run([sys.executable, str(VIT), "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, str(launch.VIT), "--help"], capture_output=True, check=True)
         seconds.append(time.perf_counter() - began)
     (out / "help.json").write_text(json.dumps(seconds))
 
@@ -300,14 +307,14 @@ class Pair:
 
 
 def read_pair(folder: Path) -> Pair | None:
-    """None where one side has failed, or the run was stopped."""
-    runs = [benchmark._read_new(folder / name, set()) for name in ("a", "b")]
+    """The pair in a folder; None where one side has failed or was stopped."""
+    runs = [read_new_run(folder / name) for name in ("a", "b")]
     turns = folder / "turns.json"
     return Pair(*runs, json.loads(turns.read_text())) if None not in runs and turns.exists() else None
 
 
 def read_suite(suite: Suite, out: Path) -> dict[str, list[Pair]]:
-    """By the row's name, what has been measured."""
+    """The pairs that have been measured, by the row's name."""
     found = {}
     for row in suite.rows:
         pairs = [read_pair(folder) for folder in sorted(out.glob(f"{suite.device}/{row.name}/*"))]
@@ -331,17 +338,17 @@ def row_cells(row: Row, pairs: Sequence[Pair]) -> list[str]:
     ]
     return [
         f"{middle:.2f}× ({low:.2f}–{high:.2f})",
-        f"{benchmark._significant(a)} / {benchmark._significant(b)}",
+        f"{format_number(a)} / {format_number(b)}",
         f"{rest[0]:.1f} / {rest[1]:.1f}",
-        f"{len(ratios)} in {len(pairs)} run{'s' * (len(pairs) != 1)}",
+        f"{len(ratios)} in {len(pairs)} {'run' if len(pairs) == 1 else 'runs'}",
     ]
 
 
 def memory_row(pairs: Sequence[Pair]) -> list[str]:
     peaks = [peak / 1e9 for pair in pairs if (peak := pair.a.number("memory/train_peak_device_bytes"))]
     cell = f"{max(peaks):.2f} GB at most" if peaks else NOT_RUN
-    what = f"GPU: peak memory of training, torch compiled, batch {GPU.batch_size}"
-    return [what, MEMORY_BAR, cell, NONE, NONE, f"{len(peaks)} runs"]
+    name = f"GPU: peak memory of training, torch compiled, batch {GPU.batch_size}"
+    return [name, MEMORY_BAR, cell, NONE, NONE, f"{len(peaks)} runs"]
 
 
 def help_row(out: Path) -> list[str]:
@@ -352,35 +359,35 @@ def help_row(out: Path) -> list[str]:
 
 
 def side_rows(suite: Suite, found: dict[str, list[Pair]]) -> list[list[str]]:
-    """What ran: every side with the paths that it took."""
+    """Every side with the implementations that it ran."""
     runs: dict[Side, list[Run]] = {}
     for row in suite.rows:
         for pair in found[row.name]:
             runs.setdefault(row.a, []).append(pair.a)
             runs.setdefault(row.b, []).append(pair.b)
     paths = ("attention", "jit_compile", "augmentation", "dtype_policy", "tf32")
-    return [[str(side), *(benchmark._distinct(of, f"what/{path}") for path in paths)] for side, of in runs.items()]
+    return [[str(side), *(distinct(side_runs, f"what/{path}") for path in paths)] for side, side_runs in runs.items()]
 
 
 def build_table(out: Path) -> str:
-    """The table as Markdown, with what a reader needs to trust it."""
+    """The table as Markdown, and below it what ran where."""
     found = {suite.device: read_suite(suite, out) for suite in (CPU, GPU)}
     rest = "rest of an epoch (validation, files), s"
     rows = [["what", "bar", "median ratio of the pairs (quartiles)", "images/s", rest, "n"]]
     for suite in (CPU, GPU):
         for row in suite.rows:
-            what = f"{suite.device.upper()}: {row.what}"
-            rows.append([what, row.bar, *row_cells(row, found[suite.device][row.name])])
+            name = f"{suite.device.upper()}: {row.description}"
+            rows.append([name, row.bar, *row_cells(row, found[suite.device][row.name])])
     rows += [memory_row(found["gpu"][MEMORY_ROW]), help_row(out)]
-    parts = ["# Ratios", benchmark._markdown(rows)]
+    parts = ["# Ratios", markdown_table(rows)]
     for suite in (CPU, GPU):
-        pairs = [pair for of_row in found[suite.device].values() for pair in of_row]
+        pairs = [pair for row_pairs in found[suite.device].values() for pair in row_pairs]
         if not pairs:
             continue
         parts.append(f"## {suite.device.upper()}: what ran")
         parts.append("\n".join(f"- {line}" for line in provenance(pairs)))
         columns = ["side", "attention", "jit", "augmentation", "number format", "TF32"]
-        parts.append(benchmark._markdown([columns, *side_rows(suite, found[suite.device])]))
+        parts.append(markdown_table([columns, *side_rows(suite, found[suite.device])]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -389,11 +396,11 @@ def provenance(pairs: Sequence[Pair]) -> list[str]:
     first = runs[0]
     names = dict.fromkeys(name for run in runs for name in run.get("what/versions"))
     versions = {name: {run.get(f"what/versions/{name}") for run in runs} - {None} for name in names}
-    told = [f"{name} {' and '.join(sorted(map(str, values)))}" for name, values in versions.items() if values]
+    software = [f"{name} {' and '.join(sorted(map(str, values)))}" for name, values in versions.items() if values]
     images = ", ".join(dict.fromkeys(f"{pair.images():,}" for pair in pairs))
     return [
-        f"Machine: {', '.join(dict.fromkeys(benchmark._device_name(run.device) for run in runs))}",
-        f"Software: {', '.join(told)}; {', '.join(dict.fromkeys(map(benchmark._commit, runs)))}",
+        f"Machine: {', '.join(dict.fromkeys(str(run.device) for run in runs))}",
+        f"Software: {', '.join(software)}; {', '.join(dict.fromkeys(run.commit for run in runs))}",
         f"Model: {first.number('what/num_parameters'):,.0f} parameters, batch {first.get('what/config/batch_size')}; "
         f"epochs of {images} random images; both sides take turns, and the first epochs of each do not count",
     ]
@@ -405,7 +412,7 @@ def provenance(pairs: Sequence[Pair]) -> list[str]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = benchmark.OneLineParser(prog="ratios.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = launch.OneLineParser(prog="ratios.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--devices", nargs="+", choices=("cpu", "gpu"), default=["cpu", "gpu"], help="default: both")
     parser.add_argument("--runs", type=int, default=2, metavar="N", help="pairs of processes a row (default: 2)")
     names = [row.name for suite in (CPU, GPU) for row in suite.rows]
@@ -418,19 +425,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="DIR", help="run nothing; make the table of what is in DIR")
     args = parser.parse_args(argv)
     for name in ("runs", "epochs", "steps"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise BenchmarkError(f"--{name} must be positive, not {value}")
-    if args.report and not args.report.is_dir():
-        raise BenchmarkError(f"--report: there is no folder {args.report}")
+        value = getattr(args, name)
+        require(value is None or value >= 1, f"--{name} must be positive, not {value}")
+    require(args.report is None or args.report.is_dir(), f"--report: there is no folder {args.report}")
     for package in ("jax", "torch", "optax"):
-        if not args.report and not benchmark._is_installed(package):
-            raise BenchmarkError(f"{package} is not installed")
+        require(args.report is not None or is_installed(package), f"{package} is not installed")
     return args
 
 
 def measure(args: argparse.Namespace, out: Path) -> None:
     print(
-        f"load average before the first run: {os.getloadavg()[0]:.2f}; a machine that does something else measures it"
+        f"load average before the first run: {os.getloadavg()[0]:.2f}; anything else that runs here spoils the figures"
     )
     measure_help(out)
     if "cpu" in args.devices:
@@ -446,23 +451,21 @@ def measure(args: argparse.Namespace, out: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     try:
         args = parse(argv)
-        out = (
-            args.report or args.out or Path("benchmark-results") / f"ratios-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
-        )
+        new_folder = Path("benchmark-results") / f"ratios-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+        out = args.report or args.out or new_folder
         status = 0
         if args.report:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         else:
             out.mkdir(parents=True, exist_ok=True)
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(signum, benchmark._on_signal)
             try:
-                measure(args, out)
-            except benchmark.Stopped as stop:
-                status = 128 + stop.signum
+                with launch.interruptible():
+                    measure(args, out)
+            except Interrupted as stop:
+                status = stop.exit_status
         table = build_table(out)
         (out / "ratios.md").write_text(table, encoding="utf-8")
-    except BenchmarkError as error:
+    except ExperimentError as error:
         print(f"ratios.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"\n{table}\nwritten: {out / 'ratios.md'}")

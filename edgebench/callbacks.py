@@ -1,0 +1,123 @@
+"""What watches over a training: seeds, a finite loss, freed memory, signals."""
+
+import ctypes
+import math
+import os
+import signal
+import sys
+import threading
+
+import keras
+import numpy as np
+
+from edgebench.cli import PROGRAM, Diverged, Interrupted
+from edgebench.device import seed_everything
+
+DIVERGED_ADVICE = "lower --learning-rate, or take another --dtype-policy"
+
+
+class EpochSeeds(keras.callbacks.Callback):
+    """Gives every epoch a seed of its own, so that it is the same after a measurement and in a resumed run."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+
+    def on_epoch_begin(self, epoch, logs=None):  # `fit` shuffles after this
+        seed_everything((self.seed + 1_000_003 * (epoch + 1)) % 2**32)
+
+
+class FiniteLoss(keras.callbacks.Callback):
+    """Ends the run after the epoch in which the loss becomes NaN or infinite, before its weights can count as the best.
+
+    The loss of an epoch is a running mean, in which a NaN stays. (keras.callbacks.TerminateOnNaN reads the loss of every
+    step, for which JAX and torch wait, and ends `fit` without an error.) Without validation, `images` show whether the last
+    step has spoiled the weights, after its loss was computed.
+    """
+
+    def __init__(self, images: np.ndarray):
+        super().__init__()
+        self.images = images
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs = logs or {}
+        for name, meaning in (("loss", "the loss"), ("val_loss", "the validation loss")):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise Diverged(f"{meaning} is not a finite number in epoch {epoch + 1}; {DIVERGED_ADVICE}")
+        if "val_loss" not in logs and not np.isfinite(self.model.predict_on_batch(self.images)).all():
+            raise Diverged(f"the model's answers are not finite numbers after epoch {epoch + 1}; {DIVERGED_ADVICE}")
+
+
+class ReturnFreedMemory(keras.callbacks.Callback):
+    """Returns the freed memory that glibc keeps (see process.py) to the kernel, once, after the first epoch.
+
+    Allocations that outlive the first epoch fragment the heap otherwise.
+    """
+
+    _is_done = False
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self._is_done and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+        self._is_done = True
+
+
+class StopSignals(keras.callbacks.Callback):
+    """Lets SIGINT and SIGTERM end the training after the current step, and everything else at once.
+
+    As a context manager it handles the signals; as a callback it knows when a step is under way. A second signal ends the
+    process at once.
+    """
+
+    _received: int | None = None
+    _is_in_step = _is_finishing = False
+
+    def set_model(self, model):
+        super().set_model(model)
+        # Not self.model, as that makes Keras on JAX collect the variables, which a step under way has just taken over.
+        self._fitted = model
+
+    def __enter__(self):
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
+            self._handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def finish(self) -> None:
+        """From now on the first signal changes nothing, because the results are being written."""
+        self._is_finishing = True
+
+    def _receive(self, number, frame):
+        if self._received is not None:
+            os._exit(128 + number)
+        self._received = number
+        print(f"\n{PROGRAM}: {signal.Signals(number).name}: stopping; once more ends it at once", file=sys.stderr)
+        if self._is_in_step:
+            self._fitted.stop_training = True
+        elif not self._is_finishing:
+            raise Interrupted(number)
+
+    def _raise_if_received(self) -> None:
+        if self._received is not None:
+            raise Interrupted(self._received)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._is_in_step = True
+
+    def on_test_begin(self, logs=None):  # the validation is not worth waiting for
+        self._raise_if_received()
+        self._is_in_step = False
+
+    def on_test_end(self, logs=None):
+        self._is_in_step = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._raise_if_received()
+
+    def on_train_end(self, logs=None):
+        self._is_in_step = False
+        self._raise_if_received()

@@ -1,0 +1,189 @@
+"""The command line: flags as people and W&B agents write them, errors in one line, exit statuses. Imports no Keras."""
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import io
+import re
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar, get_type_hints
+
+import tyro
+
+PROGRAM = "vit.py"
+Config = TypeVar("Config")
+
+
+class ExperimentError(Exception):
+    """An expected failure, with a message for people; `errors_in_one_line` turns it into one line and an exit status."""
+
+    exit_status = 2
+
+
+class OutOfMemory(ExperimentError):
+    """The device or the host has too little memory for the run."""
+
+    exit_status = 3
+
+
+class Diverged(ExperimentError):
+    """The loss is NaN or infinite."""
+
+    exit_status = 4
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM has arrived. Not an Exception, so that code which survives errors does not survive this."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ExperimentError with `message` unless `condition` holds."""
+    if not condition:
+        raise ExperimentError(message)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def warn(message: str) -> None:
+    """Print a warning as one line on stderr."""
+    print(f"{PROGRAM}: warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(debug: bool = False) -> Iterator[None]:
+    """Turn an expected failure into one line on stderr and an exit status; with `debug`, print its traceback as well."""
+    try:
+        yield
+    except (ExperimentError, MemoryError) as error:
+        if debug:
+            traceback.print_exception(error)
+        if isinstance(error, MemoryError):  # outside of the training, whose line says more
+            error = OutOfMemory(f"out of memory: the data need too much ({one_line(error)})")
+        print(f"{PROGRAM}: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except Interrupted as stop:
+        print(f"{PROGRAM}: stopped by {stop}", file=sys.stderr)
+        sys.exit(stop.exit_status)
+    except KeyboardInterrupt:  # before the training there is nothing to finish
+        sys.exit(128 + signal.SIGINT)
+
+
+class SteadyStream:
+    """A stream that drops what cannot be written, as to a full disk or to a pipe whose reader has left."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def is_installed(package: str) -> bool:
+    """Whether `package` can be imported, without importing it. A mere folder of that name (./wandb) does not count."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def require_writable_folder(folder: Path, flag: str) -> None:
+    """Create `folder` if need be and write a scratch file into it: permission bits say nothing to root."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as scratch:
+            scratch.write(b"\0")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ExperimentError(f"{flag}: the folder {str(folder)!r} cannot be written ({reason})") from error
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a configuration field: `batch_size` is `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
+    """Parse `argv` into a `config_class`, unchecked; raise ExperimentError with one line where tyro would print a box."""
+    argv = _as_tyro_reads_it(get_type_hints(config_class), argv)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(config_class, args=argv, prog=PROGRAM, config=(tyro.conf.HelptextFromCommentsOff,))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        inside = box.getvalue().partition("\n")[2].partition("│ ──")[0]  # from the title to the first rule
+        raise ExperimentError(" ".join(re.sub("[│╭╮╰╯─]", " ", inside).split()) + " (see --help)") from None
+
+
+def _as_tyro_reads_it(types: dict[str, type], argv: Sequence[str]) -> list[str]:
+    """Rewrite the spellings of a W&B agent; `types` are those of the fields. Raises ExperimentError for an unknown flag.
+
+    `--use_wandb=False` becomes `--no-use-wandb`, `--mlp_head_units=[8, 4]` becomes `--mlp-head-units 8 4`, and
+    `--batch_size=64.0` becomes `--batch-size=64`.
+    """
+    tokens: list[str] = []
+    name = ""  # of the field that the next values belong to
+    for token in argv:
+        equals, value = "", token
+        if token.startswith("--") and not token.startswith(("--help", "--tyro-")):
+            spelling, equals, value = token.partition("=")
+            name = spelling[2:].replace("-", "_")
+            is_negation = name.startswith("no_") and types.get(name[3:]) is bool and not equals
+            if name not in types and not is_negation:
+                close = difflib.get_close_matches(name.rpartition(".")[2], types, n=1)
+                hint = f"; did you mean {flag(close[0])}?" if close else " (see --help)"
+                raise ExperimentError(f"unknown flag {spelling!r}{hint}")
+            tokens.append(flag(name))
+            if not equals:
+                continue
+        kind = types.get(name)
+        if kind is bool and tokens[-1] == flag(name):
+            require(value.lower() in ("true", "false"), f"{flag(name)} takes True or False, not {value!r}")
+            tokens[-1] = flag(name if value.lower() == "true" else f"no_{name}")
+        elif kind in (list[int], list[str]):
+            tokens += _list_items(name, value, kind)
+        else:
+            value = _without_fraction(value) if kind is int else value
+            if equals:  # one token, as the value may begin with a dash
+                tokens[-1] += "=" + value
+            else:
+                tokens.append(value)
+    return tokens
+
+
+def _without_fraction(text: str) -> str:
+    """`64.0` as `64`; anything that is not a whole number unchanged."""
+    with contextlib.suppress(ValueError):
+        if not text.isdecimal() and float(text).is_integer():
+            return str(int(float(text)))
+    return text
+
+
+def _list_items(name: str, value: str, kind: type) -> list[str]:
+    """The items of a list that is written as one JSON or Python literal, or the value itself."""
+    try:
+        items = [str(item) for item in ast.literal_eval(value)] if value.startswith("[") else [value]
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ExperimentError(f"{flag(name)}: {value!r} is not a list") from None
+    return [_without_fraction(item) for item in items] if kind == list[int] else items

@@ -1,0 +1,141 @@
+"""The device behind the backend: what it is, whether it works, its seeds, its number format and its memory."""
+
+import contextlib
+import platform
+import random
+import re
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from edgebench.cli import ExperimentError, OutOfMemory, one_line, require
+
+BACKEND = keras.backend.backend()
+if BACKEND == "jax":
+    import jax
+elif BACKEND == "torch":
+    import torch
+else:
+    import tensorflow as tf
+
+NO_GPU = (
+    "is a GPU there (nvidia-smi), does the container have it (--gpus all, on a Jetson --runtime nvidia), "
+    "is this a CUDA build? To run on the CPU on purpose: --device cpu, or VIT_DEVICE=cpu"
+)
+LIKELY_CAUSES = {  # what a backend's error message contains, and what it usually means
+    "no kernel image": "this build of {backend} was not made for this GPU (an AGX Orin needs sm_87)",
+    "driver": "the NVIDIA driver is older than the CUDA of this build of {backend}",
+    "out of memory": "another process holds the device's memory",
+    "RESOURCE_EXHAUSTED": "another process holds the device's memory",
+}
+OUT_OF_MEMORY = re.compile(  # as each backend says it
+    "resource_exhausted|out of memory|can't allocate memory|not enough memory|oom when|bad_alloc", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device on which the backend computes by default.
+
+    On a CPU `cuda`, the CUDA version, and `peak_memory_bytes`, the most that the backend's allocator has held at once, are None.
+    """
+
+    name: str
+    is_gpu: bool = False
+    cuda: str | None = None
+    peak_memory_bytes: int | None = None
+
+
+def find_device() -> Device:
+    """The backend's default device as it is now."""
+    if BACKEND == "jax" and (gpu := jax.devices()[0]).platform != "cpu":
+        peak = (gpu.memory_stats() or {}).get("peak_bytes_in_use")
+        return Device(gpu.device_kind, True, " ".join(gpu.client.platform_version.split()), peak)
+    if BACKEND == "torch" and torch.cuda.is_available():
+        return Device(torch.cuda.get_device_name(), True, torch.version.cuda, torch.cuda.max_memory_allocated())
+    if BACKEND == "tensorflow" and (gpus := tf.config.list_physical_devices("GPU")):
+        name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+        peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+        return Device(name, True, tf.sysconfig.get_build_info().get("cuda_version"), peak)
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return Device(model[1] if model else platform.machine())
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+
+
+def prepare(wanted: str, seed: int, dtype_policy: str, tf32: bool) -> Device:
+    """Set seeds and number format, prove that the device works, and return it.
+
+    Raises ExperimentError with the likely cause if it does not, or if "gpu" is wanted and the backend sees none.
+    """
+    seed_everything(seed)
+    set_tf32(tf32)
+    keras.config.set_dtype_policy(dtype_policy)
+    try:
+        device = find_device()
+        # A GPU can be listed and still be useless.
+        product = float(ops.matmul(ops.ones((64, 64)), ops.ones((64, 64)))[0, 0])
+    except Exception as error:  # each backend has its own types for this
+        message = one_line(error)
+        causes = [cause.format(backend=BACKEND) for sign, cause in LIKELY_CAUSES.items() if sign in message]
+        cause = [*causes, NO_GPU][0]
+        raise ExperimentError(f"{BACKEND} cannot compute on its device: {cause} ({message[:200]})") from error
+    require(product == 64.0, f"{BACKEND}: the device multiplies two matrices wrongly")
+    require(device.is_gpu or wanted != "gpu", f"{BACKEND} sees no GPU: {NO_GPU}")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Do as keras.utils.set_random_seed, which also imports TensorFlow, for seconds, wherever it is installed."""
+    random.seed(seed)  # Keras' layers and initializers draw their seeds from it
+    np.random.seed(seed)  # the order of the images
+    if BACKEND == "torch":
+        torch.manual_seed(seed)
+    elif BACKEND == "tensorflow":
+        tf.random.set_seed(seed)
+
+
+def set_tf32(allowed: bool) -> None:
+    """Set TensorFloat-32 alike on every backend: JAX and TensorFlow use it by default, torch does not."""
+    if BACKEND == "jax":
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if allowed else "highest")
+    elif BACKEND == "torch":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+    else:
+        tf.config.experimental.enable_tensor_float_32_execution(allowed)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the host could not give the memory asked for."""
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def out_of_memory_as(message: str) -> Iterator[None]:
+    """Raise OutOfMemory with `message` in place of a backend's own error about memory."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{message} ({one_line(error)[:200]})") from error
+
+
+def copy_values(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
+    """Copy the variables' values: the array that Keras gives may be a view of memory that JAX's next step overwrites."""
+    return [np.array(ops.convert_to_numpy(variable.value)) for variable in variables]
+
+
+def assign_copies(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -> None:
+    """Assign copies of `values`, as JAX may use a NumPy array's memory for a variable and overwrite it in the next step."""
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(ops.copy(value))

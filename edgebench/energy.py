@@ -1,0 +1,199 @@
+"""Joules, watts, load and temperature, from the sensors of an NVIDIA GPU, a Jetson AGX Orin or the CPU package."""
+
+import contextlib
+import itertools
+import math
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+FIGURES = ("joules_per_epoch", "joules_per_image", "mean_w", "peak_w", "utilization_percent", "max_temperature_c")
+JETSON_RAILS = {"VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"}
+
+
+class Reading(NamedTuple):
+    """One reading of a sensor. `joules` is a counter that may wrap at `wraps_at`; without it, `watts` are integrated."""
+
+    watts: float | None = None
+    joules: float | None = None
+    wraps_at: float = math.inf
+    utilization_percent: float | None = None
+    temperature_c: float | None = None
+
+
+Sensor = tuple[str, Callable[[], Reading]]  # what is read, and how
+Spans = list[list[tuple[float, Reading]]]  # (seconds, reading) of every span that was measured
+
+
+def nvml_sensor() -> Sensor:
+    """The first visible NVIDIA GPU, through nvidia-ml-py."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdecimal() else 0)
+    has_counter = False
+    with contextlib.suppress(pynvml.NVMLError):  # GPUs before Volta have none
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+        has_counter = True
+
+    def read() -> Reading:
+        return Reading(
+            watts=pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+            joules=pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3 if has_counter else None,
+            utilization_percent=pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            temperature_c=pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+        )
+
+    read()  # on a Jetson NVML starts, but answers NotSupported
+    return "NVML, the whole board", read
+
+
+def ina3221_sensor(sysfs: Path = Path("/sys")) -> Sensor:
+    """The module of a Jetson AGX Orin: three rails of the INA3221 at 1-0040, in mV and mA, whose sum is its power."""
+    labels = sorted(sysfs.glob("bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon*/in*_label"))
+    rails = [label for label in labels if label.read_text().strip() in JETSON_RAILS]
+    if len(rails) != len(JETSON_RAILS):
+        raise FileNotFoundError("the INA3221 rails of a Jetson AGX Orin are not there")
+    volts = [label.with_name(label.name.replace("_label", "_input")) for label in rails]
+    amperes = [path.with_name(path.name.replace("in", "curr", 1)) for path in volts]
+    loads = [path for name in ("platform/gpu.0/load", "gpu.0/load") if (path := sysfs / "devices" / name).exists()]
+    types = sysfs.glob("class/thermal/thermal_zone*/type")
+    zones = [path.with_name("temp") for path in types if "gpu" in path.read_text().lower()]
+
+    def read() -> Reading:
+        temperature_c = None
+        with contextlib.suppress(OSError, IndexError):  # the GPU's zone cannot be read while the GPU sleeps
+            temperature_c = _number_in(zones[0]) / 1e3
+        watts = sum(_number_in(v) * _number_in(a) for v, a in zip(volts, amperes, strict=True)) / 1e6
+        utilization_percent = _number_in(loads[0]) / 10 if loads else None
+        return Reading(watts, utilization_percent=utilization_percent, temperature_c=temperature_c)
+
+    read()
+    return "INA3221, the module's rails VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0", read
+
+
+def rapl_sensor(sysfs: Path = Path("/sys")) -> Sensor:
+    """The first CPU package, through RAPL, which on most systems root alone may read."""
+    zone = sysfs / "class/powercap/intel-rapl:0"
+    wraps_at = _number_in(zone / "max_energy_range_uj") / 1e6
+
+    def read() -> Reading:
+        return Reading(joules=_number_in(zone / "energy_uj") / 1e6, wraps_at=wraps_at)
+
+    read()  # fails now rather than later where it cannot be read
+    return "RAPL, CPU package 0", read
+
+
+def _number_in(path: Path) -> int:
+    return int(path.read_text())
+
+
+class EnergyMeter:
+    """Energy between `begin` and `end`, over all such spans and the given ones; a thread reads the sensor meanwhile."""
+
+    INTERVAL_S = 0.2
+
+    def __init__(self, source: str, read: Callable[[], Reading], spans: Spans = ()):
+        self.source, self.read, self.spans, self.failure = source, read, list(spans), None
+
+    def begin(self) -> None:
+        self.spans.append([])
+        self._sample()
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample_until_the_end, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._has_ended.set()
+        self._thread.join()
+        self._sample()
+
+    def _sample_until_the_end(self) -> None:
+        while not self._has_ended.wait(self.INTERVAL_S):
+            self._sample()
+
+    def _sample(self) -> None:
+        try:
+            reading = self.read()
+            self.spans[-1].append((time.perf_counter(), reading))
+        except Exception as error:  # the sensor is gone, and with it the joules since the last reading
+            self.failure = self.failure or f"lost during the run ({error})"
+
+    def figures(self, images: int) -> dict:
+        """FIGURES and their `source`; every span is one epoch of `images` images."""
+        if self.failure or not self.spans:
+            return unavailable(self.failure or "no epoch was measured")
+        joules = seconds = peak_w = 0.0
+        for span in self.spans:
+            for (then, last), (now, reading) in itertools.pairwise(span):
+                interval = now - then
+                if reading.joules is None:
+                    spent, watts = interval * (last.watts + reading.watts) / 2, reading.watts
+                else:
+                    spent = (reading.joules - last.joules) % reading.wraps_at
+                    # A counter moves in steps: over too short an interval it shows a peak that is none.
+                    watts = reading.watts or (spent / interval if interval > self.INTERVAL_S / 2 else 0.0)
+                joules, seconds, peak_w = joules + spent, seconds + interval, max(peak_w, watts)
+        readings = [reading for span in self.spans for _, reading in span]
+        loads = [reading.utilization_percent for reading in readings if reading.utilization_percent is not None]
+        temperatures = [reading.temperature_c for reading in readings if reading.temperature_c is not None]
+        return {
+            "source": self.source,
+            "joules_per_epoch": joules / len(self.spans),
+            "joules_per_image": joules / len(self.spans) / images,
+            "mean_w": joules / seconds,
+            "peak_w": peak_w or None,
+            "utilization_percent": statistics.fmean(loads) if loads else None,
+            "max_temperature_c": max(temperatures, default=None),
+        }
+
+
+def unavailable(reason: str) -> dict:
+    """FIGURES, all None, and as their `source` why."""
+    return {"source": f"unavailable: {reason}", **dict.fromkeys(FIGURES)}
+
+
+Meters = dict[str, EnergyMeter | str]  # by part of the machine: its meter, or the reason why there is none
+NOT_MEASURED: Meters = {"accelerator": "not measured", "cpu_package": "not measured"}
+
+
+def start_meters(is_gpu: bool, spans: Mapping[str, list]) -> Meters:
+    """Meters for the accelerator (on a Jetson the whole module) and the CPU package.
+
+    They continue the `spans` of an interrupted run, as `spans_as_json` gave them, where the sensor is the same.
+    """
+    accelerator = _first_working([nvml_sensor, ina3221_sensor], spans) if is_gpu else "the backend runs on the CPU"
+    return {"accelerator": accelerator, "cpu_package": _first_working([rapl_sensor], spans)}
+
+
+def _first_working(sensors: Sequence[Callable[[], Sensor]], spans: Mapping[str, list]) -> EnergyMeter | str:
+    reasons = []
+    for sensor in sensors:
+        try:
+            source, read = sensor()
+        except Exception as error:  # no library, no driver, no such file, no permission: all mean no sensor
+            reasons.append(str(error) or type(error).__name__)
+        else:
+            earlier = [[(seconds, Reading(*reading)) for seconds, reading in span] for span in spans.get(source, [])]
+            return EnergyMeter(source, read, earlier)
+    return "; ".join(reasons)
+
+
+def running(meters: Meters) -> list[EnergyMeter]:
+    """The meters that there are."""
+    return [meter for meter in meters.values() if isinstance(meter, EnergyMeter)]
+
+
+def energy_figures(meters: Meters, images: int) -> dict[str, dict]:
+    """The section of the results on energy, for epochs that are `images` long."""
+    return {name: unavailable(m) if isinstance(m, str) else m.figures(images) for name, m in meters.items()}
+
+
+def spans_as_json(meters: Meters) -> dict[str, Spans]:
+    """Every span that was measured, by source; a reading becomes a list in JSON."""
+    return {meter.source: meter.spans for meter in running(meters)}

@@ -1,0 +1,137 @@
+"""The results of a run: one JSON file, a table on the console, and what happens to both however the run ends."""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from edgebench.callbacks import StopSignals
+from edgebench.cli import ExperimentError, Interrupted, one_line, warn
+from edgebench.costs import peak_flops
+from edgebench.device import Device
+from edgebench.files import replacing
+from edgebench.timing import Epoch
+from edgebench.tracking import finish_wandb
+
+SCHEMA_VERSION = 2
+POWER_MODE = Path("/var/lib/nvpmodel/status")  # of a Jetson, as nvpmodel keeps it
+
+
+def start_results(backend: str, packages: dict[str, str], device: Device, config: dict, import_s: float) -> dict:
+    """Print what is known of a run at its start and return it as its first results; `packages` are versions by name."""
+    versions = {"Python": platform.python_version(), **packages, "CUDA": device.cuda}
+    known_versions = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    print(f"{known_versions} on {device.name}, node {config['node_name']}")
+    print("config: " + " ".join(f"{name}={value}" for name, value in config.items()))
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    what = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "node": config["node_name"],
+        "device": device.name,
+        "is_gpu": device.is_gpu,
+        "power_mode": POWER_MODE.read_text().strip() if POWER_MODE.exists() else None,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "backend": backend,
+        "versions": versions,
+        "config": config,
+        **{name: config[name] for name in ("dtype_policy", "tf32", "augmentation")},
+        "micro_batches": config["gradient_accumulation_steps"],
+    }
+    sections = {"time": {"import_s": import_s}, "memory": {"inference_peak_device_bytes": None}}
+    return {"schema_version": SCHEMA_VERSION, "status": "failed", "failure": None, "what": what, **sections}
+
+
+def training_figures(epochs: Sequence[Epoch], images: int, compiling_epochs: Collection[int], what: dict) -> dict:
+    """Time figures of the complete epochs, `images` long each; throughput leaves out the epochs that compile, by index."""
+    steady_s = [epoch.train_s for i, epoch in enumerate(epochs) if i not in compiling_epochs]
+    rate = images / statistics.median(steady_s) if steady_s else None
+    peak = peak_flops(what["device"], what["dtype_policy"], what["tf32"])
+    return {
+        "epoch_s": [epoch.train_s for epoch in epochs],
+        "train_images_per_s": rate,
+        "model_flops_utilization": rate * what["train_flops_per_image"] / peak if rate and peak else None,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints about the folder of the program; None without git or outside of a checkout."""
+    command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return None
+
+
+@contextlib.contextmanager
+def recording(results: dict, folder: Path, signals: StopSignals, wandb_run=None) -> Iterator[None]:
+    """Own how a run ends: set `status` and `failure`, print the table, write the file, end the W&B run, raise again."""
+    try:
+        yield
+        results["status"] = "complete"
+    except Interrupted as stop:
+        results |= {"status": "interrupted", "failure": str(stop)}
+        raise
+    except BaseException as error:
+        results["failure"] = one_line(error) if isinstance(error, ExperimentError) else repr(error)
+        raise
+    finally:
+        signals.finish()
+        _print_table(results)
+        _write(folder, results)
+        if wandb_run is not None:  # last, as it may wait for a server
+            summary = {**figures(results), **results.get("quality", {}).get("test", {})}
+            summary |= {"num_parameters": results["what"].get("num_parameters"), "failure": results["failure"]}
+            finish_wandb(wandb_run, summary, is_complete=results["status"] == "complete")
+
+
+def figures(results: dict) -> dict[str, float | None]:
+    """Every figure of a run under one flat name, `time/step_ms/p50`: on the console, in W&B and in a report alike."""
+    flat: dict[str, float | None] = {}
+
+    def add(prefix: str, value) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                add(f"{prefix}/{name}", inner)
+        elif not isinstance(value, list | str):
+            flat[prefix] = value
+
+    for section in ("time", "memory", "energy", "quality"):
+        add(section, results.get(section, {}))
+    return flat
+
+
+def _print_table(results: dict) -> None:
+    what = results["what"]
+    switches = f"TF32 {'on' if what['tf32'] else 'off'}, jit {'on' if what.get('jit_compile') else 'off'}"
+    paths = f"{what.get('attention', 'unknown')} attention, {what['augmentation']} augmentation"
+    print(f"results of {what['backend']} on {what['device']}: {what['dtype_policy']}, {switches}, {paths}")
+    for name, value in figures(results).items():
+        print(f"  {name:<42} {'unavailable' if value is None else format(value, ',.5g' if value < 1e5 else ',.0f')}")
+    for part, energy in results.get("energy", {}).items():
+        print(f"  energy of {part} from: {energy['source']}")
+    if results["status"] == "complete":
+        quality, test = results["quality"], results["quality"]["test"]
+        accuracy, top_5, loss = test["test_accuracy"], test["test_top-5-accuracy"], test["test_loss"]
+        print(f"best weights: epoch {quality['best_epoch']}, in {what['config']['checkpoint_path']}")
+        print(f"test accuracy {accuracy:.4f}, top-5 {top_5:.4f}, loss {loss:.4f}")
+
+
+def _write(folder: Path, results: dict) -> None:
+    """Write the run's file; a full disk costs the file, not the result on the console."""
+    what = results["what"]
+    node = "".join(c if c.isalnum() or c in "-_." else "_" for c in what["node"])
+    stamp = what["started"].replace(":", "").replace("-", "").partition("+")[0]
+    path = folder / f"{stamp}-{node}-{what['backend']}-{os.urandom(4).hex()}.json"
+    # JSON has no notation for a number that is not finite: it becomes null.
+    finite = json.loads(json.dumps(results), parse_constant=lambda number: None)
+    try:
+        with replacing(path) as scratch:
+            scratch.write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
+        print(f"results: {path}")
+    except OSError as error:
+        warn(f"the results cannot be written to {path} ({error}): the table above is all there is of them")
