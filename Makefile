@@ -1,14 +1,15 @@
 # make train ARGS="--dataset synthetic --num-epochs 2"   sets up .venv and runs vit.py with these flags
-# make benchmark                                         sets up .venv, compares JAX and torch on small made-up data
-# make benchmark ARGS="--repeats 5 -- --num-epochs 5"    the same with the flags of benchmark.py and, after --, of vit.py
-# make ratios                                            sets up .venv, measures what Keras costs against code by hand
-# make test                                              sets up .venv and passes the tests
-# make test-floor                                        the same on Python 3.10, with what a Jetson image holds
-# make test-sweeps                                       minutes more: whole sweeps against a W&B server on loopback
-# make test-containers                                   minutes more: the four images, built and run (root, Linux)
-# make test-faults                                       hours: runs killed at random, random command lines, damaged files
-# make test-faults SEED=7 ARGS="--kills 10 --damaged 0"  the same draws again, and less of them
-# make lint                                              what CI checks besides
+# make benchmark                                         sets up .venv and compares JAX and torch on small generated data
+# make benchmark ARGS="--repeats 5 -- --num-epochs 5"    the same with flags for benchmark.py and, after --, for vit.py
+# make ratios                                            sets up .venv and measures what Keras costs and what the fast paths bring
+# make test                                              sets up .venv and runs the tests
+# make test-slow                                         minutes: runs the tests that take long and seldom fail
+# make test-floor                                        runs the quick tests on Python 3.10 with the versions of a Jetson image
+# make test-sweeps                                       minutes: whole sweeps against a W&B server on loopback
+# make test-containers                                   minutes: builds and runs the four images (root, Linux)
+# make test-faults                                       hours: kills runs, draws command lines and damages files at random
+# make test-faults SEED=7 ARGS="--kills 10 --damaged 0"  the same random draws again, but fewer
+# make lint                                              runs the linters, as CI does
 # Another interpreter: make test PYTHON=python3.12. Other backends for training: make train EXTRAS=tensorflow
 
 PYTHON ?= python3
@@ -18,19 +19,19 @@ SEED ?=
 VENV := .venv
 FLOOR := .venv-floor
 CONSTRAINTS := constraints.txt constraints.common.txt
-# The floor of the supported range is tested wherever a Python 3.10 is found (a pyenv shim may exist and not work).
+# The tests also run on Python 3.10, the oldest supported, if there is one. Each candidate is tried: a pyenv shim may not work.
 PYTHON310 := $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo "$$p" && break; done)
 
-# Minutes on two CPU cores: a small model, so that every run is compiled, timed and trained in about half a minute.
+# A small model: on two CPU cores each run takes about half a minute, and the comparison a few minutes.
 QUICK := --backends jax torch -- --dataset synthetic --image-size 32 --patch-size 8 --projection-dim 32 \
 	--transformer-layers 2 --mlp-head-units 128 --batch-size 64 --num-epochs 6
 
-# Most of a test is the start of a process, on one core: two at a time, and then those of times one by one.
-QUICK_TESTS := python -m pytest -n 2 -m "not end_to_end and not alone"
-TIMED_TESTS := python -m pytest -m "alone and not end_to_end"
+# Two processes of pytest-xdist; with loadgroup, only one of them imports torch, and one TensorFlow.
+PYTEST := python -m pytest
+TWO_AT_A_TIME := -n 2 --dist loadgroup
 
-.PHONY: train benchmark ratios test test-floor test-sweeps test-containers test-faults lint clean
+.PHONY: train benchmark ratios test test-slow test-floor test-sweeps test-containers test-faults lint clean
 
 train: $(VENV)/train-$(EXTRAS)
 	$(VENV)/bin/python vit.py $(ARGS)
@@ -39,14 +40,18 @@ benchmark: $(VENV)/benchmark
 	$(VENV)/bin/python benchmark.py $(if $(ARGS),$(ARGS),$(QUICK))
 
 ratios: $(VENV)/benchmark
-	$(VENV)/bin/python ratios.py $(ARGS)
+	$(VENV)/bin/python peers/ratios.py $(ARGS)
 
 test: $(VENV)/test
-	$(VENV)/bin/$(QUICK_TESTS)
-	$(VENV)/bin/$(TIMED_TESTS)
+	$(VENV)/bin/$(PYTEST) $(TWO_AT_A_TIME) -m "not slow and not alone and not end_to_end"
+
+# Tests that measure time have the machine to themselves.
+test-slow: $(VENV)/test
+	$(VENV)/bin/$(PYTEST) $(TWO_AT_A_TIME) -m "slow and not end_to_end"
+	$(VENV)/bin/$(PYTEST) -m "alone and not end_to_end"
 
 test-floor: $(if $(PYTHON310),$(FLOOR)/test)
-	$(if $(PYTHON310),$(FLOOR)/bin/$(QUICK_TESTS),@echo "no Python 3.10 found: the floor of the supported range is not tested")
+	$(if $(PYTHON310),$(FLOOR)/bin/$(PYTEST) $(TWO_AT_A_TIME) -m "not slow and not alone and not end_to_end and not any_version",@echo "no Python 3.10 found: the oldest supported versions are not tested")
 
 test-sweeps: $(VENV)/test
 	$(VENV)/bin/python -m pytest -m end_to_end tests/test_sweeps.py
@@ -57,18 +62,19 @@ test-containers: $(VENV)/test
 test-faults: $(VENV)/test
 	$(VENV)/bin/python tests/campaign_faults.py $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+# shellcheck -a also checks sweeps/sweep.sh, which the launchers source.
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/shellcheck -x run_sweep_*.sh docker-entrypoint.sh .ci/run
+	$(VENV)/bin/shellcheck -x -a run_sweep_*.sh docker/*.sh .ci/run
 	$(VENV)/bin/hadolint Dockerfile.*
-	$(VENV)/bin/shfmt -i 2 -d *.sh .ci/run
+	$(VENV)/bin/shfmt -i 2 -d *.sh sweeps/*.sh docker/*.sh .ci/run
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build *.egg-info .pytest_cache .hypothesis
 
-# Each stamp stands for what has been installed; a changed requirement installs again. The pip that comes with an older Python
-# can search for hours for what a newer one resolves in seconds.
+# Each stamp file records an installation; a changed requirement repeats it. pip is upgraded first, because the pip of an
+# older Python can take hours to resolve what a newer one resolves in seconds.
 NEW_PIP = pip install --quiet --disable-pip-version-check -U pip
 INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -87,7 +93,7 @@ $(VENV)/benchmark: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/test: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	$(VENV)/bin/python -m $(INSTALL) -e ".[jax,torch,tensorflow,test]"
-	$(VENV)/bin/python -m $(INSTALL) --no-deps sweeps  # asks for NumPy 1, runs with 2 as well
+	$(VENV)/bin/python -m $(INSTALL) --no-deps sweeps  # it requires NumPy 1, but also works with 2
 	@touch $@
 
 $(VENV)/lint: $(VENV)/bin/python $(CONSTRAINTS)

@@ -132,7 +132,8 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        inside = box.getvalue().partition("\n")[2].partition("│ ──")[0]  # from the title to the first rule
+        # From the title to the next rule. Where the console has no Unicode, a box is drawn with spaces and dashes.
+        inside = re.split("[─-]{9}", box.getvalue().partition("\n")[2].lstrip(" -\n"))[0]
         raise ExperimentError(" ".join(re.sub("[│╭╮╰╯─]", " ", inside).split()) + " (see --help)") from None
 
 

@@ -1,11 +1,11 @@
-"""The long campaigns behind tests/test_faults.py, at random: make test-faults, or python tests/campaign_faults.py --help.
+"""The long random campaigns behind tests/test_faults.py: make test-faults, or python tests/campaign_faults.py --help.
 
 kills           runs killed with SIGKILL at random moments and resumed until done, two at a time
-together        runs at once that share one checkpoint path, as runs with the default path do
-command_lines   random command lines, valid and hostile, in this process, and `processes` of them as processes
+together        runs that share one checkpoint path at the same time, as runs with the default path do
+command_lines   random command lines, valid and hostile, read in this process; `processes` of them run as processes
 damaged         .npz and resume files cut short, with a bit flipped, or with wrong keys
 
-The seed is printed; with it the same moments, lines and damages are drawn again.
+The seed is printed. With it the same moments, command lines and damages are drawn again.
 """
 
 import contextlib
@@ -21,15 +21,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 os.environ["KERAS_BACKEND"] = "jax"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import h5py
+import keras
 import numpy as np
 import tyro
 
 import vit
+from edgebench import cli, resume
+from edgebench.cli import flag
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = "--image-size 8 --patch-size 4 --projection-dim 8 --num-heads 2 --transformer-layers 1 --mlp-head-units 16"
@@ -39,7 +43,7 @@ EPOCHS = 4
 
 @dataclass
 class Campaigns:
-    """How much of each; 0 leaves one out."""
+    """How much of each campaign; 0 leaves it out."""
 
     seed: int = field(default_factory=lambda: random.SystemRandom().randrange(2**32))
     kills: int = 100
@@ -63,7 +67,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def weights(path: Path) -> dict[str, bytes]:
-    """Every array of a weights file, which is read at one go, as another run may replace it."""
+    """Every array of a weights file. It is read in one go, as another run may replace it."""
     found: dict[str, bytes] = {}
     with h5py.File(io.BytesIO(path.read_bytes())) as file:
         file.visititems(
@@ -74,7 +78,7 @@ def weights(path: Path) -> dict[str, bytes]:
 
 
 def require_whole(folder: Path) -> None:
-    """What stands in the folder under its own name can be read to the end."""
+    """The files of the runs in the folder can be read to the end."""
     with contextlib.suppress(FileNotFoundError):
         weights(folder / "a.weights.h5")
     for path in folder.glob("a.*.resume.npz"):
@@ -93,8 +97,8 @@ def results_in(folder: Path) -> dict:
     return complete[0]
 
 
-def judged(folder: Path) -> tuple:
-    """Every figure of the training that repeats itself."""
+def figures(folder: Path) -> tuple:
+    """Every figure of the training that is the same in a repeated run."""
     quality = results_in(folder)["quality"]
     return quality["epochs"], quality["best_epoch"], quality["test"]
 
@@ -109,7 +113,7 @@ def kills(count: int, rng: random.Random, folder: Path) -> None:
     to_first_epoch_s = time.monotonic() - began
     assert finish(reference)[0] == 0
     training_s = time.monotonic() - began - to_first_epoch_s
-    expected = weights(folder / "reference" / "a.weights.h5"), judged(folder / "reference")
+    expected = weights(folder / "reference" / "a.weights.h5"), figures(folder / "reference")
     totals = {"killed": 0, "looks": 0, "scratch files left": 0}
     lock = threading.Lock()
 
@@ -137,15 +141,17 @@ def kills(count: int, rng: random.Random, folder: Path) -> None:
             require_whole(place)
             looks += 1
             assert status in (0, -9), f"run {number} ended with {status} after {time.monotonic() - began:.1f} s: {err}"
-            over = status == 0 or bool(complete_in(place))  # killed with the results written, it has nothing left to do
-            if over and killed == 0:  # before the kill: does not count, once more from the start
+            over = status == 0 or bool(
+                complete_in(place)
+            )  # killed after its results were written, it has nothing left to do
+            if over and killed == 0:  # it ended before the kill: start again from nothing
                 for path in [*place.glob("results/*"), *place.glob("a.*")]:
                     path.unlink()
                 continue
             if over:
                 break
             killed += 1
-        assert (weights(place / "a.weights.h5"), judged(place)) == expected, f"run {number} ended otherwise"
+        assert (weights(place / "a.weights.h5"), figures(place)) == expected, f"run {number} ended otherwise"
         with lock:
             totals["killed"] += killed
             totals["looks"] += looks
@@ -161,7 +167,7 @@ def kills(count: int, rng: random.Random, folder: Path) -> None:
 
 
 def together(count: int, rng: random.Random, folder: Path) -> None:
-    """Each run's figures are those of its own weights: as in a run alone, whose file, loaded here, gives them again."""
+    """Each run's figures are those of its own weights, as in a run alone; the file of that one, loaded here, gives them again."""
     seeds = rng.sample(range(1000), count)
 
     def flags(seed: int, path: str) -> list[str]:
@@ -172,21 +178,21 @@ def together(count: int, rng: random.Random, folder: Path) -> None:
     for seed, process in at_once.items():
         assert (ended := finish(process))[0] == 0, (seed, ended)
     alone = {}
-    data = vit.load_dataset(vit.ViTConfig(dataset="synthetic"))
+    data = vit.load_dataset("synthetic", validation_split=0.1, seed=0)
     for seed in seeds:
         place = folder / f"alone{seed}"
         assert (ended := finish(start(place, *flags(seed, "a.weights.h5"))))[0] == 0, (seed, ended)
-        assert judged(folder / f"at_once{seed}") == judged(place), f"seed {seed}"
+        assert figures(folder / f"at_once{seed}") == figures(place), f"seed {seed}"
         alone[seed] = weights(place / "a.weights.h5")
-        config = vit._parse_command_line(flags(seed, "a.weights.h5"))
-        model = vit.create_vit_classifier(
-            config, data.image_shape, data.num_classes, vit.create_data_augmentation(config, data.x_train)
-        )
+        model = build(cli.parse(vit.ViTConfig, flags(seed, "a.weights.h5")), data)
         model.load_weights(place / "a.weights.h5")
         accuracy = np.mean(model.predict(data.x_test, verbose=0).argmax(-1) == data.y_test)
-        assert abs(accuracy - judged(place)[2]["test_accuracy"]) < 0.003
+        assert abs(accuracy - figures(place)[2]["test_accuracy"]) < 0.003
     assert weights(shared) in alone.values()
-    print(f"together: {count} runs with one path, each judged by its own weights; the file is one's, whole", flush=True)
+    print(
+        f"together: {count} runs with one path, each evaluated with its own weights; the file is whole, of one of them",
+        flush=True,
+    )
 
 
 HOSTILE = [
@@ -223,29 +229,29 @@ HOSTILE += [
     "\ud800",
 ]
 CONFIG = vit.ViTConfig()
-KINDS = {f.name: f.type for f in vit.fields(vit.ViTConfig) if f.name not in ("checkpoint_path", "results_dir")}
+KINDS = {name: kind for name, kind in get_type_hints(vit.ViTConfig).items() if kind is not Path}
 
 
 def random_line(rng: random.Random) -> list[str]:
     def valid(name: str) -> list[str]:
         kind = KINDS[name]
-        if kind == "bool":
-            return [rng.choice([vit._flag(name), vit._flag("no_" + name), f"--{name}={rng.choice([True, False])}"])]
-        if kind.startswith("Literal"):
-            return [vit._flag(name), rng.choice([each.strip(" \"'") for each in kind[8:-1].split(",")])]
-        if kind.startswith("list"):
+        if kind is bool:
+            return [rng.choice([flag(name), flag("no_" + name), f"--{name}={rng.choice([True, False])}"])]
+        if get_origin(kind) is Literal:
+            return [flag(name), rng.choice(get_args(kind))]
+        if get_origin(kind) is list:
             return [f"--{name}={[rng.randrange(1, 65) for _ in range(rng.randrange(1, 4))]}"]
-        if kind == "int":
+        if kind is int:
             return [f"--{name}={rng.choice([1, 2, 4, 8, 16.0, 32, 64, 72])}"]
-        if kind == "float":
-            return [vit._flag(name), str(rng.choice([0.0, 0.001, 0.5, rng.random()]))]
-        return [f"{vit._flag(name)}={rng.choice([getattr(CONFIG, name) or 'name', 'synthetic'])}"]
+        if kind is float:
+            return [flag(name), str(rng.choice([0.0, 0.001, 0.5, rng.random()]))]
+        return [f"{flag(name)}={rng.choice([getattr(CONFIG, name) or 'name', 'synthetic'])}"]
 
     def hostile() -> list[str]:
         value = rng.choice(
             [rng.choice(HOSTILE), "".join(chr(rng.randrange(1, 0x2FF)) for _ in range(rng.randrange(9)))]
         )
-        name = vit._flag(rng.choice(list(KINDS)))
+        name = flag(rng.choice(list(KINDS)))
         return rng.choice(
             [[value], [f"--{value}"], [name, value], [f"{name}={value}"], [f"{name[:-1]}", value], [name]]
         )
@@ -260,8 +266,8 @@ def read_line(argv: list[str]) -> tuple[int, str]:
     environment, out, err = dict(os.environ), io.StringIO(), io.StringIO()
     os.environ.pop("KERAS_BACKEND", None)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), vit._errors_in_one_line():
-            assert isinstance(vit._set_backend_from_env_or_cli(argv), vit.ViTConfig)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), cli.errors_in_one_line():
+            assert isinstance(vit.read_config(argv), vit.ViTConfig)
     except SystemExit as stop:
         lines = [line for line in err.getvalue().splitlines() if not line.startswith("vit.py: warning: ")]
         if not stop.code:
@@ -329,12 +335,14 @@ def damaged(count: int, rng: random.Random, folder: Path) -> None:
             break
     process.kill()
     finish(process)
-    [resume] = folder.glob("a.*.resume.npz")
-    config = vit._parse_command_line(flags)
-    data = vit.load_dataset(config)
-    assert vit.ResumePoint(config, data).path == resume.relative_to(folder)
-    good = {"data": Path("good.npz").read_bytes(), "resume": resume.read_bytes()}
-    tallies = {f"{what} {end}": 0 for what in good for end in ("refused", "read")}
+    [resume_file] = folder.glob("a.*.resume.npz")
+    config = cli.parse(vit.ViTConfig, flags)
+    data = load(config)
+    assert resume.path_of(config.checkpoint_path, vit.identity(config, data)) == resume_file.relative_to(folder)
+    model = build(config, data)
+    vit.compile_model(model, config, data.num_classes)
+    good = {"data": Path("good.npz").read_bytes(), "resume": resume_file.read_bytes()}
+    tallies = {f"{target} {end}": 0 for target in good for end in ("refused", "read")}
 
     def damage(content: bytes) -> bytes:
         kind = rng.choice(["cut", "flip", "keys"])
@@ -364,41 +372,42 @@ def damaged(count: int, rng: random.Random, folder: Path) -> None:
         return file.getvalue()
 
     for number in range(count):
-        what = rng.choice(list(good))
-        Path("good.npz").write_bytes(damage(good["data"]) if what == "data" else good["data"])
-        resume.write_bytes(damage(good["resume"]) if what == "resume" else good["resume"])
+        target = rng.choice(list(good))
+        Path("good.npz").write_bytes(damage(good["data"]) if target == "data" else good["data"])
+        resume_file.write_bytes(damage(good["resume"]) if target == "resume" else good["resume"])
         began = time.monotonic()
         try:
-            if what == "data":
-                vit.load_dataset(config)
+            if target == "data":
+                load(config)
             else:
-                point = vit.ResumePoint(config, data)
-                if point.load():
-                    restore(point, config, data)
-        except vit.ExperimentError as error:
-            tallies[f"{what} refused"] += 1
+                progress = resume.read(resume_file, vit.identity(config, data))
+                resume.restore(model, progress, resume_file)
+        except cli.ExperimentError as error:
+            tallies[f"{target} refused"] += 1
             assert "\n" not in str(error)
             expected = error.exit_status
         else:
-            tallies[f"{what} read"] += 1
+            tallies[f"{target} read"] += 1
             expected = 0
         assert time.monotonic() - began < 30, "a damaged file takes too long"
         if number % 100 == 0:
             before = sorted(folder.glob("**/*"))
             status, _, err = finish(start(folder, *flags, "--num-epochs=4"))
             refused = status == expected != 0 and len(err.splitlines()) == 1 and sorted(folder.glob("**/*")) == before
-            other_data = what == "data" and "other data" in err and status == 2  # intact, but no longer the run's
-            assert refused or status == 0 == expected or other_data, (number, what, status, err)
+            other_data = (
+                target == "data" and "other images" in err and status == 2
+            )  # the file is intact, but no longer that of the run
+            assert refused or status == 0 == expected or other_data, (number, target, status, err)
     print(f"damaged: {count} files, none read but whole: {tallies}", flush=True)
 
 
-def restore(point: vit.ResumePoint, config: vit.ViTConfig, data: vit.Dataset, models: list = []) -> None:  # noqa: B006
-    """What was loaded fits the model; the model is made once."""
-    if not models:
-        models.append(vit._build(config, data, 1, {"what": {"is_gpu": False}, "time": {}}))
-    point.attach(vit.BestWeights(config.checkpoint_path), vit.EpochMeter([]), {})
-    point.restore(models[0])
-    vit._put_back(models[0].weights, point.best.weights)
+def load(config: vit.ViTConfig) -> vit.Dataset:
+    return vit.load_dataset(config.dataset, config.validation_split, config.seed)
+
+
+def build(config: vit.ViTConfig, data: vit.Dataset) -> keras.Model:
+    augmentation = vit.create_data_augmentation(config.augmentation, config.image_size, data.x_train)
+    return vit.create_vit_classifier(config, data.image_shape, data.num_classes, augmentation)
 
 
 def main(sizes: Campaigns) -> None:

@@ -1,7 +1,7 @@
 """Promises about training: it learns real images on every backend, keeps the best weights, and repeats itself."""
 
-import json
 import re
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -9,71 +9,65 @@ import pytest
 from conftest import INSTALLED, TINY
 
 import vit
+from edgebench import layers
 
-SMALL = "--no-use-wandb --image-size 16 --patch-size 4 --projection-dim 32 --transformer-layers 2 --mlp-head-units 128 --measure-seconds 0"
-MODEL = vit.ViTConfig(image_size=16, patch_size=4, projection_dim=32, transformer_layers=2, mlp_head_units=[128])
+MODEL = vit.ViTConfig(
+    image_size=16, patch_size=4, projection_dim=32, transformer_layers=1, mlp_head_units=[128]
+)  # TINY
+
+
+def create_model(config: vit.ViTConfig, images: np.ndarray, num_classes: int) -> keras.Model:
+    augmentation = vit.create_data_augmentation(config.augmentation, config.image_size, images)
+    return vit.create_vit_classifier(config, images.shape[1:], num_classes, augmentation)
 
 
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_a_small_vit_learns_handwritten_digits(backend, run_vit, digits, tmp_path):
-    """The heart: 90 % of the test digits right, and the file holds the very weights that were judged."""
+    """At least 90 % of the test digits are classified correctly, and the file holds the very weights that were evaluated."""
     checkpoint = tmp_path / "new" / "digits.weights.h5"
-    flags = f"{SMALL} --batch-size 32 --learning-rate 0.003 --num-epochs 20 --keras-backend {backend}"
+    flags = f"--no-use-wandb {TINY} --learning-rate 0.003 --num-epochs 12 --keras-backend {backend}"
     run = run_vit(*flags.split(), "--dataset", str(digits), "--checkpoint-path", str(checkpoint))
     assert run.status == 0, run
     accuracy = float(re.search(r"test accuracy ([\d.]+)", run.stdout)[1])
     assert accuracy >= 0.9, run.stdout
-    assert (
-        f"{backend} " in run.stdout.splitlines()[0]
-        and len(re.findall(r"^Epoch \d+/20", run.stdout, re.MULTILINE)) == 20
-    )
+    assert f"{backend} " in run.stdout.splitlines()[0]
+    assert len(re.findall(r"^Epoch \d+/12", run.stdout, re.MULTILINE)) == 12
     assert [path.name for path in checkpoint.parent.iterdir()] == ["digits.weights.h5"]
 
-    # Weights are portable: whatever backend wrote them, this process reads them.
+    # Weights are portable: this process reads them, whichever backend wrote them.
     with np.load(digits) as data:
-        augmentation = vit.create_data_augmentation(MODEL, data["x_train"])
-        model = vit.create_vit_classifier(MODEL, (8, 8, 1), 10, augmentation)
+        model = create_model(MODEL, data["x_train"], num_classes=10)
         model.load_weights(checkpoint)
         found = model.predict(data["x_test"], verbose=0).argmax(-1)
         assert np.mean(found == data["y_test"]) == pytest.approx(accuracy, abs=0.003)
 
 
-def test_the_same_seed_gives_the_same_numbers(run_vit, digits):
-    """On every backend: test_faults.py, where a run that was killed ends as one that was not."""
-
-    def numbers(seed: int) -> list[str]:
-        flags = f"--no-use-wandb {TINY} --num-epochs 1 --seed {seed} --checkpoint-path a.weights.h5"
-        run = run_vit(*flags.split(), "--dataset", str(digits))
-        assert run.status == 0, run
-        return re.findall(r"(?:loss|accuracy):? ([\d.]+)", run.stdout)
-
-    first = numbers(1)
-    assert len(first) >= 8 and numbers(1) == first and numbers(2) != first
-
-
-def test_the_default_model_has_the_published_size_and_loads_again(tmp_path):
-    """Every layer serialises: a saved model gives the same answers after loading."""
-    config = vit.ViTConfig()
-    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
-    model = vit.create_vit_classifier(config, (32, 32, 3), 100, vit.create_data_augmentation(config, images))
+def test_the_default_model_has_the_published_size():
+    config, images = vit.ViTConfig(), np.zeros((1, 32, 32, 3), np.uint8)
+    model = create_model(config, images, num_classes=100)
     assert sum(np.prod(weight.shape) for weight in model.trainable_weights) == 21_759_012
+    assert vit.vit_size(config, 3, 100).parameters == 21_759_012
+
+
+def test_a_saved_model_gives_the_same_answers_after_loading(tmp_path):
+    """Every layer can be serialized."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    model = create_model(MODEL, images, num_classes=100)
     model.save(tmp_path / "vit.keras")
     again = keras.saving.load_model(tmp_path / "vit.keras")
     np.testing.assert_array_equal(model(images), again(images))
 
 
 def test_augmentation_acts_in_training_only():
-    config = vit.ViTConfig(image_size=24)
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
-    augmentation = vit.create_data_augmentation(config, images)
-    calm = np.asarray(augmentation(images, training=False))
-    assert (
-        calm.shape == (64, 24, 24, 3) and abs(calm.mean()) < 0.05 and 0.5 < calm.std() < 1.1
-    )  # normalized, then resized
-    np.testing.assert_array_equal(calm, augmentation(images, training=False))
-    lively = np.asarray(augmentation(images, training=True))
-    changed = np.abs(lively - calm).max(axis=(1, 2, 3)) > 0.1
-    assert changed.all() and not np.allclose(lively, augmentation(images, training=True))
+    augmentation = vit.create_data_augmentation("fused", 24, images)
+    resized = np.asarray(augmentation(images, training=False))
+    assert resized.shape == (64, 24, 24, 3)
+    assert abs(resized.mean()) < 0.05 and 0.5 < resized.std() < 1.1  # normalized before
+    np.testing.assert_array_equal(resized, augmentation(images, training=False))
+    augmented = np.asarray(augmentation(images, training=True))
+    changed = np.abs(augmented - resized).max(axis=(1, 2, 3)) > 0.1
+    assert changed.all() and not np.allclose(augmented, augmentation(images, training=True))
 
 
 @pytest.mark.parametrize(("size", "patch"), [(12, 4), (14, 4), (5, 5)])
@@ -89,7 +83,7 @@ def test_patches_are_the_image_cut_up_row_by_row(size, patch):
     np.testing.assert_array_equal(patches, np.stack(expected, axis=1))
 
 
-def test_sizes_that_do_not_divide_are_said_and_no_validation_keeps_the_last_weights(run_vit, tmp_path):
+def test_sizes_that_do_not_divide_get_a_note_and_no_validation_keeps_the_last_weights(run_vit, tmp_path):
     flags = f"--dataset synthetic --no-use-wandb {TINY} --patch-size 5 --num-epochs 1 --validation-split 0"
     run = run_vit(*flags.split(), "--checkpoint-path", "a.weights.h5")
     assert run.status == 0 and "the last 1 rows and columns are cut off" in run.stdout, run
@@ -112,34 +106,41 @@ def test_the_best_epoch_is_kept_whole_even_where_it_cannot_be_written(tmp_path, 
     model.load_weights(folder / "a.weights.h5")
     assert model.get_weights()[0] == 1.0 and best.epoch == 1
     (folder / "a.weights.h5").unlink()
-    folder.rmdir()  # nothing can be written from here on, for root neither
+    folder.rmdir()  # from here on nothing can be written, not even by root
     end_epoch(2, 3.0, 0.6)
     assert best.epoch == 3 and best.weights[0] == 3.0 and "cannot be written" in capsys.readouterr().err
 
 
-def test_the_first_bad_step_is_named_although_keras_reads_the_losses_in_several_threads():
-    finite = vit.FiniteLoss(images=np.zeros((1, 16, 16, 1)))
-    finite.on_epoch_begin(0)
-    for batch in (2, 1, 3):
-        finite.on_train_batch_end(batch, {"loss": float("nan")})
-    with pytest.raises(vit.Diverged, match="from step 2 of epoch 1 on"):
-        finite.on_epoch_end(0, {"val_loss": float("nan")})
+def weights_after_an_epoch(small_batches: int, optimizer: str) -> list[list[float]]:
+    """The weights of a model before and after an epoch of two steps."""
+    config = vit.ViTConfig(image_size=8, patch_size=4, projection_dim=8, num_heads=2, transformer_layers=1)
+    config = replace(config, mlp_head_units=[16], attention_dropout=0.0, gradient_accumulation_steps=small_batches)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(24, 8, 8, 1)).astype("float32"), rng.integers(0, 3, 24)
+    keras.utils.set_random_seed(0)
+    model = vit.create_vit_classifier(config, (8, 8, 1), 3, keras.Sequential([keras.layers.Identity()]))
+    for layer in model.layers:
+        if isinstance(layer, layers.Dropout):
+            layer.rate = 0.0  # draws for a batch and for its parts would differ
+    vit.compile_model(model, config, num_classes=3)
+    if optimizer == "SGD":  # at this rate a step is the gradient
+        steps = small_batches if small_batches > 1 else None
+        model.compile(keras.optimizers.SGD(1.0, gradient_accumulation_steps=steps), model.loss)
+    before = np.concatenate([weight.ravel() for weight in model.get_weights()])
+    model.fit(x, y, batch_size=12 // small_batches, shuffle=False, verbose=0)
+    assert int(model.optimizer.iterations) == 2
+    return [before.tolist(), np.concatenate([weight.ravel() for weight in model.get_weights()]).tolist()]
 
 
-@pytest.mark.parametrize(
-    ("more", "where"),
-    [
-        ("", "the loss is not a finite number from step 2 of epoch 1 on"),
-        # The only step spoils the weights, and no loss is computed from them.
-        ("--validation-split 0 --batch-size 2048", "the model's answers are not finite numbers after epoch 1"),
-    ],
-)
-def test_a_run_that_diverges_still_leaves_its_results(more, where, run_vit, tmp_path):
-    """One line that says where, a status of its own, no weights, and a results file that says why it is not complete."""
-    flags = f"--dataset synthetic --no-use-wandb {TINY} --learning-rate 1e30 --num-epochs 2 {more}"
-    run = run_vit(*flags.split(), "--checkpoint-path", "a.weights.h5")
-    assert run.status == 4 and run.stderr.count("\n") == 1 and where in run.stderr, run
-    assert not list(tmp_path.glob("*a.*"))
-    (file,) = (tmp_path / "results").iterdir()
-    results = json.loads(file.read_text())
-    assert results["status"] == "failed" and where in results["failure"]
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_small_batches_take_the_very_steps_of_the_whole_batch(backend, call_on):
+    """SGD, as AdamW would not show a gradient of another size. On torch also vit.py's own AdamW."""
+    moved = ...
+    for optimizer in ("SGD", "AdamW") if backend == "torch" else ("SGD",):
+        before, whole = map(np.array, call_on(backend, weights_after_an_epoch, 1, optimizer).value)
+        same_before, small = map(np.array, call_on(backend, weights_after_an_epoch, 4, optimizer).value)
+        np.testing.assert_array_equal(before, same_before)
+        # AdamW makes steps even of rounding errors, which are all the gradient that the biases of the keys have.
+        assert np.abs(small - whole)[moved].max() < 1e-5 * np.abs(whole).max(), optimizer
+        assert np.abs(whole - before).max() > 1e-3
+        moved = np.abs(whole - before) > 1e-6
