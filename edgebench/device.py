@@ -34,7 +34,9 @@ LIKELY_CAUSES = {  # what a backend's error message contains, and what it usuall
     "RESOURCE_EXHAUSTED": "another process holds the device's memory",
 }
 OUT_OF_MEMORY = re.compile(  # as each backend says it
-    "resource_exhausted|out of memory|can't allocate memory|not enough memory|oom when|bad_alloc", re.IGNORECASE
+    "resource_exhausted|out of memory|can't allocate memory|not enough memory|oom when|bad_alloc"
+    "|ynnpack operation failed",  # JAX on a CPU, whose YNNPACK gives no reason
+    re.IGNORECASE,
 )
 
 

@@ -5,6 +5,7 @@ Signals, kills, file systems, memory limits and servers are real; the long campa
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -260,7 +261,9 @@ def test_out_of_memory_is_one_line_whose_advice_works(backend, start_vit, tmp_pa
         (line,) = errors(run)
         assert f"out of memory with {128 // parts} images at a time" in line
         assert f"try --gradient-accumulation-steps {2 * parts}, or lower --batch-size" in line
-        assert backend == "tensorflow" or run.stderr.strip() == line  # TensorFlow also reports it itself
+        # Libraries report it as well: TensorFlow at length, and YNNPACK, which JAX calls on a CPU.
+        others = [other for other in run.stderr.strip().splitlines() if other != line]
+        assert backend == "tensorflow" or all(re.fullmatch(r"allocate of <\d+> failed\.", other) for other in others)
         results = only_results(tmp_path)
         assert results["status"] == "failed" and results["failure"].startswith("out of memory")
         shutil.rmtree(tmp_path / "results")
