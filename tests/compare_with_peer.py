@@ -156,14 +156,14 @@ def main() -> None:
     optimizer = keras.optimizers.AdamW(CONFIG.learning_rate, weight_decay=CONFIG.weight_decay)
     optimizer.build(model.trainable_variables)
     optimizer.apply([keras.ops.stop_gradient(gradient) for gradient in of_keras])
-    told = {
+    figures = {
         "parameters": [native.num_parameters, sum(math.prod(weight.shape) for weight in model.trainable_weights)],
         "before": [list(map(float, sums[0])), before],
         "after": [list(map(float, sums[1])), keras_sums(model)],
         "gradients": max(float(np.abs(numpy(a) - b).max() / (np.abs(b).max() + 1e-4)) for a, b in pairs),
         "logits": float(np.abs(native.predict(X) - logits).max()),
     }
-    print(json.dumps(told))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

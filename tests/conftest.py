@@ -26,6 +26,8 @@ from edgebench.compare.launch import BACKENDS
 # Tests should train this model where they can: JAX compiles it once for all of them, which takes longer than most runs.
 ROOT = Path(__file__).parent.parent
 INSTALLED = [name for name in BACKENDS if is_installed(name)]
+# All backends, for tests whose run on TensorFlow is left to `make test-slow`.
+TENSORFLOW_SLOW = [pytest.param(name, marks=pytest.mark.slow) if name == "tensorflow" else name for name in INSTALLED]
 TINY = "--image-size 16 --patch-size 4 --projection-dim 32 --transformer-layers 1 --mlp-head-units 128 --batch-size 32 --measure-seconds 0"
 
 

@@ -314,6 +314,7 @@ def test_wandb_is_off_unless_the_flags_speak_of_it():
         assert benchmark.parse(["--", spoken])[1] == [spoken]
 
 
+@pytest.mark.any_version
 def test_backends_run_and_are_reported(tmp_path):
     """Real runs, with another backend in the environment, one of them of a hand-written peer; nothing else stays."""
     backends = [INSTALLED[-1], "native-jax"]

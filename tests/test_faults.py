@@ -17,7 +17,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import INSTALLED, TINY, Run, finish, only_results, wait_for_line
+from conftest import INSTALLED, TENSORFLOW_SLOW, TINY, Run, finish, only_results, wait_for_line
 from test_wandb import records
 
 import vit
@@ -81,9 +81,7 @@ def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, sta
     assert not list(tmp_path.glob(".*.h5")) and not list(tmp_path.glob(".*.npz"))
 
 
-@pytest.mark.parametrize(
-    "backend", [pytest.param(name, marks=[pytest.mark.slow] * (name == "tensorflow")) for name in INSTALLED]
-)
+@pytest.mark.parametrize("backend", TENSORFLOW_SLOW)
 def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vit, run_vit, tmp_path):
     """SIGKILL after two epochs: the same weights bit for bit, the same history, the same test figures.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
-from conftest import INSTALLED, TINY
+from conftest import INSTALLED, TENSORFLOW_SLOW, TINY
 
 import vit
 from edgebench import layers
@@ -21,7 +21,7 @@ def create_model(config: vit.ViTConfig, images: np.ndarray, num_classes: int) ->
     return vit.create_vit_classifier(config, images.shape[1:], num_classes, augmentation)
 
 
-@pytest.mark.parametrize("backend", INSTALLED)
+@pytest.mark.parametrize("backend", TENSORFLOW_SLOW)
 def test_a_small_vit_learns_handwritten_digits(backend, run_vit, digits, tmp_path):
     """At least 90 % of the test digits are classified correctly, and the file holds the very weights that were evaluated."""
     checkpoint = tmp_path / "new" / "digits.weights.h5"
