@@ -39,11 +39,10 @@ from typing import Literal
 from dotenv import load_dotenv
 
 from edgebench import cli, process
-from edgebench.cli import ExperimentError, require
+from edgebench.cli import BACKENDS, ExperimentError, require
 
 # ------------ Configuration: the fields are the flags, their docstrings the help ------------
 
-BACKENDS = ("jax", "torch", "tensorflow")  # a Keras backend and the Python package behind it have the same name
 DATASETS = ("cifar100", "cifar10", "synthetic")
 # What a run that is resumed may change: how long it trains and measures, on which device, and where its files and records go.
 MAY_CHANGE_ON_RESUME = (

@@ -17,6 +17,7 @@ from typing import TypeVar, get_type_hints
 import tyro
 
 PROGRAM = "vit.py"
+BACKENDS = ("jax", "torch", "tensorflow")  # a Keras backend and its Python package have the same name
 Config = TypeVar("Config")
 
 

@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgebench.cli import is_installed
-from edgebench.compare.launch import BACKENDS
+from edgebench.cli import BACKENDS, is_installed
 
 # Tests should train this model where they can: JAX compiles it once for all of them, which takes longer than most runs.
 ROOT = Path(__file__).parent.parent

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from edgebench.cli import ExperimentError, Interrupted, is_installed, require
+from edgebench.cli import BACKENDS, ExperimentError, Interrupted, is_installed, require
 from edgebench.compare.runs import failures_in, read_new_run, warn
 
 ROOT = Path(__file__).resolve().parents[2]
 VIT = ROOT / "vit.py"
-BACKENDS = ("jax", "torch", "tensorflow")  # a Keras backend and its Python package have the same name
 PEERS = {  # hand-written programs for the same training, with the packages they need, that of the backend first
     "native-jax": (ROOT / "peers" / "native_jax.py", ("jax", "optax")),
     "native-torch": (ROOT / "peers" / "native_torch.py", ("torch",)),

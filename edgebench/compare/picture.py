@@ -5,7 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgebench.compare.launch import BACKENDS, PEERS
+from edgebench.cli import BACKENDS
+from edgebench.compare.launch import PEERS
 from edgebench.compare.runs import Run, by_backend, by_device, conditions
 from edgebench.compare.verdicts import COMPILE, ENERGY, MEMORY, TRAINING, Metric, measure
 
