@@ -11,20 +11,25 @@ import keras
 import numpy as np
 
 from edgebench.cli import PROGRAM, Diverged, Interrupted
-from edgebench.device import seed_everything
+from edgebench.datasets import ShuffledBatches
+from edgebench.device import seed_generators
 
 DIVERGED_ADVICE = "lower --learning-rate, or take another --dtype-policy"
 
 
 class EpochSeeds(keras.callbacks.Callback):
-    """Gives every epoch a seed of its own, so that it is the same after a measurement and in a resumed run."""
+    """Gives every epoch an order of the images and a seed of its own, the same after a measurement and in a resumed run.
 
-    def __init__(self, seed: int):
+    The seeds of Keras' layers are variables of the model.
+    """
+
+    def __init__(self, seed: int, batches: ShuffledBatches):
         super().__init__()
-        self.seed = seed
+        self.seed, self.batches = seed, batches
 
-    def on_epoch_begin(self, epoch, logs=None):  # `fit` shuffles after this
-        seed_everything((self.seed + 1_000_003 * (epoch + 1)) % 2**32)
+    def on_epoch_begin(self, epoch, logs=None):
+        self.batches.shuffle(self.seed, epoch)
+        seed_generators((self.seed + 1_000_003 * (epoch + 1)) % 2**32)
 
 
 class FiniteLoss(keras.callbacks.Callback):

@@ -49,11 +49,14 @@ class ViTSize:
 
     @property
     def train_flops_per_image(self) -> int:
-        """FLOPs of the matrix products alone: 2 for a multiply-add, once forward and twice backward."""
+        """FLOPs of the matrix products alone: 2 for a multiply-add, once forward and twice backward.
+
+        Backward the patch projection is computed once, as nobody needs the gradient of the images.
+        """
         n, d, inner = self.num_patches, self.projection_dim, self.num_heads * self.projection_dim
         block = n * 4 * d * inner + 2 * n * n * inner + n * _dense(d, *self.transformer_units, biases=0)
         head = _dense(n * d, *self.mlp_head_units, self.num_classes, biases=0)
-        return 3 * 2 * (n * self.values_per_patch * d + self.transformer_layers * block + head)
+        return 2 * (2 * n * self.values_per_patch * d + 3 * (self.transformer_layers * block + head))
 
     def train_memory_bytes(self, images: int, dtype_policy: str = "float32", accumulates: bool = False) -> int:
         """An estimate of the device memory of training on `images` at a time.

@@ -40,6 +40,34 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
     return np.flatnonzero(~is_val), np.flatnonzero(is_val)
 
 
+def image_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Indices of `count` images in the order of an epoch, counted from 0: the same on every backend and in a resumed run."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+class ShuffledBatches(keras.utils.PyDataset):
+    """Batches of images and labels: as they are stored, and once `shuffle` is called in the `image_order` of an epoch.
+
+    Left to Keras, every backend draws another order, and TensorFlow repeats one order in every epoch when its global seed is
+    set again. (PyDataset.on_epoch_begin is no place to shuffle: Keras also calls it when it only looks at the first batch.)
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, batch_size: int):
+        super().__init__()
+        self._x, self._y, self._batch_size, self._order = x, y, batch_size, np.arange(len(x))
+
+    def __len__(self) -> int:
+        return -(-len(self._x) // self._batch_size)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        return self._x[chosen], self._y[chosen]
+
+    def shuffle(self, seed: int, epoch: int) -> None:
+        """Take the order of this epoch, counted from 0."""
+        self._order = image_order(seed, epoch, len(self._x))
+
+
 def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of every channel of (N, H, W, C), as Normalization.adapt computes them, which takes seconds on JAX."""
     count = images[..., 0].size

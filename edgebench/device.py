@@ -99,11 +99,20 @@ def prepare(wanted: str, seed: int, dtype_policy: str, tf32: bool) -> Device:
 def seed_everything(seed: int) -> None:
     """Do as keras.utils.set_random_seed, which also imports TensorFlow, for seconds, wherever it is installed."""
     random.seed(seed)  # Keras' layers and initializers draw their seeds from it
-    np.random.seed(seed)  # the order of the images
+    np.random.seed(seed)
     if BACKEND == "torch":
         torch.manual_seed(seed)
     elif BACKEND == "tensorflow":
         tf.random.set_seed(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators that draw in a training step and are not variables of the model: only torch has any.
+
+    TensorFlow's global seed is not one of them, and setting it clears every compiled kernel.
+    """
+    if BACKEND == "torch":
+        torch.manual_seed(seed)
 
 
 def set_tf32(allowed: bool) -> None:

@@ -18,7 +18,7 @@ from edgebench.files import replacing
 from edgebench.timing import Epoch
 from edgebench.tracking import finish_wandb
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 POWER_MODE = Path("/var/lib/nvpmodel/status")  # of a Jetson, as nvpmodel keeps it
 
 
@@ -43,20 +43,25 @@ def start_results(backend: str, packages: dict[str, str], device: Device, config
         **{name: config[name] for name in ("dtype_policy", "tf32", "augmentation")},
         "micro_batches": config["gradient_accumulation_steps"],
     }
-    sections = {"time": {"import_s": import_s}, "memory": {"inference_peak_device_bytes": None}}
+    sections = {"time": {"import_s": import_s}, "memory": {"inference_peak_device_bytes": None}, "missing": {}}
     return {"schema_version": SCHEMA_VERSION, "status": "failed", "failure": None, "what": what, **sections}
 
 
-def training_figures(epochs: Sequence[Epoch], images: int, compiling_epochs: Collection[int], what: dict) -> dict:
-    """Time figures of the complete epochs, `images` long each; throughput leaves out the epochs that compile, by index."""
+def training_figures(
+    epochs: Sequence[Epoch], images: int, compiling_epochs: Collection[int], what: dict
+) -> dict[str, dict]:
+    """Sections on the complete epochs, `images` long each; throughput leaves out the epochs that compile, by index."""
     steady_s = [epoch.train_s for i, epoch in enumerate(epochs) if i not in compiling_epochs]
     rate = images / statistics.median(steady_s) if steady_s else None
     peak = peak_flops(what["device"], what["dtype_policy"], what["tf32"])
-    return {
+    missing = {} if rate else {"time/train_images_per_s": "every complete epoch compiled; raise --num-epochs"}
+    figures = {
         "epoch_s": [epoch.train_s for epoch in epochs],
         "train_images_per_s": rate,
+        "epoch_spread": max(steady_s) / min(steady_s) if len(steady_s) > 1 else None,
         "model_flops_utilization": rate * what["train_flops_per_image"] / peak if rate and peak else None,
     }
+    return {"time": figures, "missing": missing}
 
 
 def _git(*arguments: str) -> str | None:
@@ -110,8 +115,12 @@ def _print_table(results: dict) -> None:
     switches = f"TF32 {'on' if what['tf32'] else 'off'}, jit {'on' if what.get('jit_compile') else 'off'}"
     paths = f"{what.get('attention', 'unknown')} attention, {what['augmentation']} augmentation"
     print(f"results of {what['backend']} on {what['device']}: {what['dtype_policy']}, {switches}, {paths}")
+    missing = results["missing"]
     for name, value in figures(results).items():
-        print(f"  {name:<42} {'unavailable' if value is None else format(value, ',.5g' if value < 1e5 else ',.0f')}")
+        if value is not None:
+            print(f"  {name:<42} {format(value, ',.5g' if value < 1e5 else ',.0f')}")
+        else:
+            print(f"  {name:<42} unavailable{f' ({missing[name]})' if name in missing else ''}")
     for part, energy in results.get("energy", {}).items():
         print(f"  energy of {part} from: {energy['source']}")
     if results["status"] == "complete":

@@ -8,6 +8,7 @@ When Keras compiles torch well, delete this file, its imports in `vit.py`, and `
 from collections.abc import Callable, Sequence
 
 import keras
+import numpy as np
 from keras import ops
 
 from edgebench.cli import one_line, warn
@@ -27,7 +28,8 @@ def is_tracing() -> bool:
 def trace(function: Callable, *arguments):
     """The flat graph of a call of `function`, which must get all that it reads as tensors in its arguments.
 
-    A NumPy array or a Python number becomes a constant of the graph.
+    A NumPy array or a Python number becomes a constant of the graph. The random numbers that the call draws are given back,
+    so that a training is the same whenever it is traced.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -36,7 +38,8 @@ def trace(function: Callable, *arguments):
     try:
         # pre_dispatch: traced before dropout and attention are taken apart, which inductor compiles better. On a CPU torch
         # 2.13 gives NaN for the parts of dropout, empty_like and bernoulli_.
-        return make_fx(lambda *values: function(*values), pre_dispatch=True)(*arguments)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            return make_fx(lambda *values: function(*values), pre_dispatch=True)(*arguments)
     finally:
         _tracing = False
 
@@ -121,6 +124,30 @@ class GraphModel(keras.Model):
     def _stateless_logits(self, x, values: Sequence):
         with keras.StatelessScope(state_mapping=zip(self._weights, values, strict=True)):
             return self(x, training=False)
+
+
+def bare_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    """The model's answers without the Python of its layers: the flat graph, compiled where the model's own steps are."""
+    graphs: dict[tuple, Callable] = {}
+
+    def logits(x, values: Sequence):
+        with keras.StatelessScope(state_mapping=zip(model.weights, values, strict=True)):
+            return model(x, training=False)
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        x, values = ops.convert_to_tensor(images), [variable.value for variable in model.weights]
+        with torch.no_grad():
+            if x.shape not in graphs:
+                graph = trace(logits, x, values)
+                graphs[x.shape] = torch.compile(graph) if is_compiled(model) else graph
+            return ops.convert_to_numpy(graphs[x.shape](x, values))
+
+    return predict
+
+
+def is_compiled(model: keras.Model) -> bool:
+    """Whether the model's steps are compiled, on any backend."""
+    return model.failure is None if isinstance(model, GraphModel) else bool(model.jit_compile)
 
 
 def with_graphs(model: keras.Model, batch_sizes: set[int]) -> GraphModel:

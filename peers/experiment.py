@@ -16,9 +16,10 @@ import keras
 import numpy as np
 
 import vit
-from edgebench import datasets, energy, process, timing
+from edgebench import datasets, energy, measure, process, timing
 from edgebench.callbacks import DIVERGED_ADVICE, StopSignals
 from edgebench.cli import Diverged, errors_in_one_line, require
+from edgebench.compile_cache import CompileCache
 from edgebench.device import find_device, peak_rss_bytes, prepare
 from edgebench.files import replacing
 from edgebench.results import recording, start_results, training_figures
@@ -37,6 +38,7 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
     packages = {name: importlib.metadata.version(name) for name in native_class.packages}
     results = start_results(native_class.name, packages, machine, config.as_json(), vit.IMPORT_S)
     what, timings, memory, budget_s = results["what"], results["time"], results["memory"], config.measure_seconds
+    cache = CompileCache()
 
     # Load
     began = time.perf_counter()
@@ -49,16 +51,18 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
         # Build
         began = time.perf_counter()
         native = native_class(config, data, *channel_moments(data.x_train))
-        timings["build_s"] = time.perf_counter() - began
+        timings["build_s"], ready_s = time.perf_counter() - began, process.age_s()
         what |= {"attention": native.attention, "num_parameters": native.num_parameters}
         what |= {"jit_compile": native.is_compiled, "jit_failure": None}
+        what["compile_cache"] = cache.describe(native.is_compiled)
         print(f"model: {what['num_parameters']:,} trainable parameters")
 
         # Measure
+        measured: measure.Sections = {}
         if budget_s:
-            timings |= timing.measure_inference(native.predict, data.x_test, config.batch_size, budget_s)
-            memory["inference_peak_device_bytes"] = find_device().peak_memory_bytes
-            timings |= measure_steps(native, len(data.x_train), config.batch_size, config.seed, budget_s)
+            measured = measure.finish(
+                measure_native(native, data, config.batch_size, budget_s), timings["build_s"], ready_s
+            )
 
         # Train
         meters = energy.start_meters(machine.is_gpu, {}) if budget_s else energy.NOT_MEASURED
@@ -71,8 +75,12 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
             return means(native.evaluate(best, *native.on_device(data.x_test, data.y_test)), len(data.x_test), "test_")
 
         compiling_epochs = () if budget_s else (0,)
-        timings |= training_figures(log.epochs, len(data.x_train), compiling_epochs, what)
-        test, evaluation = timing.measure_evaluation(evaluate, len(data.x_test), budget_s)
+        training = training_figures(log.epochs, len(data.x_train), compiling_epochs, what)
+        waiting = measure.to_first_epoch(log.epochs, ready_s, measured)
+        for section, figures in measure.merge(measured, training, waiting).items():
+            results[section] |= figures
+        what["compile_cache"] = cache.describe(native.is_compiled)
+        test, evaluation = measure.evaluation(evaluate, len(data.x_test), budget_s)
         timings |= evaluation
         memory["train_peak_device_bytes"] = find_device().peak_memory_bytes
         memory["peak_rss_bytes"] = peak_rss_bytes()
@@ -89,7 +97,7 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
 
 def train(native, config: vit.ViTConfig, data: vit.Dataset, callbacks: Sequence[keras.callbacks.Callback]) -> tuple:
     """Train for all epochs -> the weights of the best one by validation accuracy, which are also written, and its number."""
-    rng, images = np.random.default_rng(config.seed), len(data.x_train)
+    images = len(data.x_train)
     validation = native.on_device(data.x_val, data.y_val) if len(data.x_val) else None
     best, best_epoch, best_accuracy = None, 0, -math.inf
     for callback in callbacks:
@@ -97,7 +105,7 @@ def train(native, config: vit.ViTConfig, data: vit.Dataset, callbacks: Sequence[
     for epoch in range(config.num_epochs):
         for callback in callbacks:
             callback.on_epoch_begin(epoch)
-        logs = means(train_epoch(native, rng, images, config.batch_size), images)
+        logs = means(train_epoch(native, config.seed, epoch, images, config.batch_size), images)
         for callback in callbacks:
             callback.on_test_begin()
         if not math.isfinite(logs["loss"]):
@@ -123,28 +131,41 @@ def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
 
 
-def train_epoch(native, rng: np.random.Generator, images: int, batch_size: int) -> np.ndarray:
-    """A pass over the training images in a new order -> the sums of its metrics, for which it waits."""
-    native.begin_epoch(rng.permutation(images), int(rng.integers(2**31)))
+def train_epoch(native, seed: int, epoch: int, images: int, batch_size: int) -> np.ndarray:
+    """A pass over the training images in vit.py's order -> the sums of its metrics, for which it waits."""
+    native.begin_epoch(datasets.image_order(seed, epoch, images), (seed + epoch) % 2**31)
     for start in range(0, images, batch_size):
         native.train_step(start, min(batch_size, images - start))
     return native.totals()
 
 
-def measure_steps(native, images: int, batch_size: int, seed: int, budget_s: float) -> dict:
-    """timing.measure_steps for a peer: the first step, which compiles, and steady ones, each waited for."""
+def measure_native(native, data: vit.Dataset, batch_size: int, budget_s: float) -> measure.Sections:
+    """measure.before_training for a peer: inference, steps, each waited for, and what compiles for the first time."""
+    predicting = measure.inference(native.predict, data.x_test, batch_size, budget_s)
+    memory = {"memory": {"inference_peak_device_bytes": find_device().peak_memory_bytes}}
+    images = len(data.x_train)
     size, before = min(batch_size, images), native.snapshot()
-    native.begin_epoch(np.arange(images), seed)
+    native.begin_epoch(np.arange(images), 0)
     seconds: list[float] = []
-    while not timing.enough_steps(seconds, budget_s):
-        began = time.perf_counter()
-        float(native.train_step(len(seconds) % (images // size) * size, size))  # waits for the device
-        seconds.append(time.perf_counter() - began)
+    while not measure.is_enough(seconds[1:], budget_s):
+        start = len(seconds) % (images // size) * size
+        seconds.append(
+            measure.timed(lambda start=start: float(native.train_step(start, size)))[1]
+        )  # waits for the device
+    partial_s = 0.0
     if rest := images % size:  # compiled now, so that the first epoch is as steady as the others
-        native.train_step(0, rest)
+        first_s, second_s = (measure.timed(lambda: float(native.train_step(0, rest)))[1] for _ in range(2))
+        partial_s = measure.compiling(first_s, [second_s])
     native.totals()
     native.set_params(before)
-    return timing.step_figures(seconds)
+
+    def evaluate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return native.evaluate(before, *native.on_device(x, y))
+
+    evaluating = measure.compiling_evaluation(evaluate, data.x_test, data.y_test, size)
+    no_bare_call = measure.bare_latency(None, "there is no Keras around the peer's own call", data.x_test, budget_s)
+    parts = measure.step_sections(seconds), {"compile_s": {"partial_batch": partial_s}}, evaluating
+    return measure.merge(predicting, memory, no_bare_call, *parts)
 
 
 def means(totals: Sequence[float], count: int, prefix: str = "") -> dict[str, float]:

@@ -3,17 +3,22 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from conftest import INSTALLED, TINY, only_results
+from conftest import INSTALLED, ROOT, TINY, only_results
 
 import vit
-from edgebench import energy, timing
+from edgebench import energy, measure, timing
+from edgebench.cli import Interrupted
 
 
 def write(path, value) -> None:
@@ -175,7 +180,8 @@ def measured(step_s: float, small_batches: int = 1, compiles_slowly: bool = Fals
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     slow.step_s, slow.compiles_slowly = step_s / small_batches, compiles_slowly
     before, batch_size = model.get_weights(), 20 // small_batches
-    figures = timing.measure_steps(model, x, y, batch_size, small_batches, budget_s=60)
+    sections = measure.steps(model, x, y, batch_size, small_batches, budget_s=60)
+    figures = sections["time"] | {"compile_s": sections["compile_s"]["train_step"]}
     assert all((a == b).all() for a, b in zip(before, model.get_weights(), strict=True)), "the model has changed"
     assert int(optimizer.iterations) == 0
     if epochs:
@@ -212,7 +218,7 @@ def test_times_come_out_right_on_a_model_whose_step_takes_a_known_time(backend, 
         figures = call_on(backend, timed_models).value
         idle, slow, idle_parts, slow_parts, compiling = figures.values()
         for steps in (slow["step_ms"], slow_parts["step_ms"]):
-            assert steps["n"] >= 100 and steps["p50"] <= steps["p90"] <= steps["p99"]
+            assert steps["n"] >= 100 and steps["p50"] <= steps["p90"]
         found["step_ms"].append(slow["step_ms"]["p50"] - idle["step_ms"]["p50"])
         found["small_batches_ms"].append(slow_parts["step_ms"]["p50"] - idle_parts["step_ms"]["p50"])
         found["epoch_s"].append(slow["epoch_s"] - idle["epoch_s"])  # of ten steps: none is left on the device
@@ -222,29 +228,96 @@ def test_times_come_out_right_on_a_model_whose_step_takes_a_known_time(backend, 
     pytest.fail(f"not within 10 % of {truth}: {found}")
 
 
-def test_the_same_seed_gives_the_same_numbers_with_and_without_measuring(run_vit, digits, tmp_path):
-    """Another seed gives others. The file follows its schema and holds what the console shows. Steps are whole batches."""
+def test_the_file_follows_its_schema_and_holds_what_the_console_shows(run_vit, digits, tmp_path):
+    """Another seed gives other numbers. Steps are whole batches. A figure that is missing says why."""
     flags = f"--no-use-wandb {TINY} --num-epochs 2 --checkpoint-path a.weights.h5 --node-name a/b --dataset {digits}"
     runs, results = [], []
-    for more in ("--measure-seconds 0", "--measure-seconds 20", "--measure-seconds 0 --seed 1"):
+    for more in ("--measure-seconds 0", "--measure-seconds 20 --seed 1"):
         runs.append(run_vit(*flags.split(), *more.split(), "--batch-size", "64", "--gradient-accumulation-steps", "2"))
         assert runs[-1].status == 0, runs[-1]
         results.append(only_results(tmp_path))
         shutil.rmtree(tmp_path / "results")
     lines = [re.findall(r"(?:loss|accuracy): ([\d.]+)", run.stdout) for run in runs]
-    assert lines[0] == lines[1] and len(lines[0]) == 12, runs
-    assert lines[2] != lines[0]
-    off, on, _ = results
+    assert lines[0] != lines[1] and len(lines[0]) == 12, runs
+    off, on = results
     for each in results:
         assert each["energy"]["accelerator"]["joules_per_image"] is None
         assert each["what"]["node"] == "a/b" and len(each["what"]["git_commit"] or "x" * 40) == 40
         assert each["what"]["micro_batches"] == 2
-    assert "step_ms" not in off["time"] and on["time"]["step_ms"]["n"] == on["time"]["latency_ms"]["n"] == 100
-    assert off["quality"]["test"] == on["quality"]["test"]
-    shown = dict(re.findall(r"^  (\S+/\S+) +(\S+)$", runs[1].stdout, re.MULTILINE))
-    rate = on["time"]["train_images_per_s"]
+        assert each["what"]["compile_cache"]["state"] in ("cold", "warm", "partly warm")
+        assert each["time"]["to_first_epoch_s"] > each["time"]["import_s"] + each["time"]["epoch_s"][0]
+    assert "step_ms" not in off["time"]
+    times = on["time"]
+    assert times["step_ms"]["n"] >= 100 and times["latency_ms"]["p50"] >= times["bare_latency_ms"]["p50"]
+    assert times["to_first_epoch_s"] > times["to_first_step_s"] > times["first_step_s"]
+    parts = {name: seconds for name, seconds in times["compile_s"].items() if name != "total"}
+    assert times["compile_s"]["total"] == pytest.approx(sum(parts.values())) and min(parts.values()) > 0
+    shown = dict(re.findall(r"^  (\S+/\S+) +(\S.*)$", runs[1].stdout, re.MULTILINE))
+    rate = times["train_images_per_s"]
     assert float(shown["time/train_images_per_s"].replace(",", "")) == pytest.approx(rate, rel=1e-3)
     assert shown["energy/accelerator/joules_per_image"] == "unavailable"
+    for path, reason in on["missing"].items():
+        assert shown[path] == f"unavailable ({reason})"
+
+
+def trained(jit: str, dataset: str) -> list[list[dict]]:
+    """The epochs of one configuration: by itself, with measuring, and interrupted after its first epoch, measured, resumed."""
+    common = dict(image_size=16, patch_size=4, projection_dim=32, transformer_layers=1, mlp_head_units=[128])
+    common |= dict(batch_size=32, num_epochs=2, dataset=dataset, use_wandb=False, jit=jit)
+    config = vit.ViTConfig(**common, checkpoint_path=Path("a.weights.h5"), measure_seconds=0.0)
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise Interrupted(signal.SIGTERM)
+
+    def epochs(**changes) -> list[dict]:
+        keras.utils.clear_session()
+        return vit.run_experiment(replace(config, **changes))["quality"]["epochs"]
+
+    histories = [epochs(), epochs(measure_seconds=1.0)]
+    try:
+        vit.run_experiment(replace(config, measure_seconds=0.0), callbacks=[Stop()])
+    except Interrupted:
+        histories.append(epochs(resume=True, measure_seconds=1.0))
+    return histories
+
+
+# JAX op by op would take minutes.
+MODES = [("jax", "on"), ("torch", "off"), ("torch", "on"), ("tensorflow", "off"), ("tensorflow", "on")]
+FAST = ("jax", "on"), ("torch", "off")
+
+
+@pytest.mark.parametrize(
+    ("backend", "jit"),
+    [mode if mode in FAST else pytest.param(*mode, marks=pytest.mark.slow) for mode in MODES if mode[0] in INSTALLED],
+)
+def test_neither_measuring_nor_resuming_changes_what_is_learned(backend, jit, call_on, digits):
+    """Number for number, on every backend and in every mode: tracing, too, leaves the random numbers alone."""
+    plain, measured, resumed = call_on(backend, trained, jit, str(digits)).value
+    assert plain == measured, "measured"
+    assert plain == resumed, "resumed"
+
+
+@pytest.mark.parametrize(("n", "known"), [(9, ()), (60, ("p50",)), (150, ("p50", "p90")), (700, ("p50", "p90", "p99"))])
+def test_a_percentile_is_given_only_with_enough_calls(n, known):
+    """Otherwise it says why. The interval of the 99th holds the truth."""
+    seconds = np.random.default_rng(0).exponential(0.01, n).tolist()
+    sections = measure.percentiles("time/step_ms", seconds)
+    figures = sections["time"]["step_ms"]
+    assert [name for name in ("p50", "p90", "p99") if figures[name] is not None] == [*known]
+    assert {path.split("/")[2] for path in sections["missing"]} == {"p50", "p90", "p99"} - {*known}
+    if "p99" in known:
+        assert figures["p99_low"] < figures["p99"] < figures["p99_high"]
+        assert figures["p99_low"] < 10 * np.log(100) < figures["p99_high"]
+
+
+def test_the_age_of_a_process_counts_from_its_start():
+    """The shell waits before it becomes Python, so that Python's own clock would miss that."""
+    code = "from edgebench import process; print(process.age_s())"
+    command = ["sh", "-c", f"sleep 0.5; exec {sys.executable} -c '{code}'"]
+    began = time.perf_counter()
+    age_s = float(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+    assert 0.5 <= age_s <= time.perf_counter() - began + 0.02
 
 
 def test_flops_agree_with_what_the_compiler_counts():
@@ -257,5 +330,7 @@ def test_flops_agree_with_what_the_compiler_counts():
     state = [variable.value for variable in model.trainable_variables], [v.value for v in model.non_trainable_variables]
     cost = jax.jit(lambda x: model.stateless_call(*state, x)[0]).lower(images).compile().cost_analysis()
     counted = (cost[0] if isinstance(cost, list) else cost)["flops"]
-    assert counted * 0.85 < vit.vit_size(config, 3, 10).train_flops_per_image / 3 <= counted
+    size, patches = vit.vit_size(config, 3, 10), 2 * 64 * 48 * 32  # the projection of 64 patches of 48 values to 32
+    forward = (size.train_flops_per_image + patches) / 3  # backward, the patches need no gradient
+    assert counted * 0.85 < forward <= counted
     assert vit.vit_size(vit.ViTConfig(), 3, 100).train_flops_per_image == pytest.approx(1.2e9, rel=0.1)

@@ -9,7 +9,8 @@ import pytest
 from conftest import INSTALLED, TENSORFLOW_SLOW, TINY
 
 import vit
-from edgebench import layers
+from edgebench import datasets, layers
+from edgebench.callbacks import EpochSeeds
 
 MODEL = vit.ViTConfig(
     image_size=16, patch_size=4, projection_dim=32, transformer_layers=1, mlp_head_units=[128]
@@ -144,3 +145,39 @@ def test_small_batches_take_the_very_steps_of_the_whole_batch(backend, call_on):
         assert np.abs(small - whole)[moved].max() < 1e-5 * np.abs(whole).max(), optimizer
         assert np.abs(whole - before).max() > 1e-3
         moved = np.abs(whole - before) > 1e-6
+
+
+def orders_seen(seed: int, first_epoch: int) -> list[list[int]]:
+    """The numbers of the images in the order in which two epochs of `fit` train on them."""
+    seen: list[int] = []
+
+    class Seeing(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, *arguments):
+            data = arguments[-1]
+            seen.extend(np.asarray(keras.ops.convert_to_numpy(data[0]))[:, 0].astype(int).tolist())
+            return super().train_step(*arguments)
+
+    numbers = np.arange(50, dtype="float32").reshape(-1, 1)
+    model = Seeing()
+    model.compile("sgd", "mse", run_eagerly=True)
+    batches = datasets.ShuffledBatches(numbers, 0 * numbers, 16)
+    epochs = {"initial_epoch": first_epoch, "epochs": first_epoch + 2}
+    model.fit(batches, **epochs, shuffle=False, verbose=0, callbacks=[EpochSeeds(seed, batches)])
+    return [seen[:50], seen[50:]]
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_every_epoch_has_an_order_of_its_own_which_is_the_same_on_every_backend(backend, call_on):
+    """A resumed run goes on with the order of its next epoch; another seed gives another order."""
+    first, second = call_on(backend, orders_seen, 0, 0).value
+    assert sorted(first) == sorted(second) == list(range(50)) and first != second
+    assert [first, second] == [datasets.image_order(0, epoch, 50).tolist() for epoch in (0, 1)]
+    assert call_on(backend, orders_seen, 0, 1).value[0] == second
+    assert call_on(backend, orders_seen, 1, 0).value[0] != first

@@ -1,0 +1,223 @@
+"""What is measured outside of the epochs: compiling, single steps, inference. `results.schema.json` explains every figure.
+
+Every function returns sections of the results. `missing` names the figures that could not be measured, with the reason.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+
+from edgebench.bare import NOTHING_COMPILED, bare_predict
+from edgebench.datasets import ShuffledBatches
+from edgebench.device import assign_copies, copy_values, find_device
+from edgebench.timing import Epoch
+
+WARM_UP, ENOUGH = 10, 1000  # calls: the first are not counted, and more than so many tell nothing new
+# Calls that a percentile needs. Below 400 the 95 % interval of the 99th reaches beyond the slowest call.
+NEEDED = {"p50": 10, "p90": 100, "p99": 400}
+Z_95 = 1.96
+Sections = dict[str, dict]
+
+
+class StepTimer(keras.callbacks.Callback):
+    """Seconds of every step, each waited for, in a `fit` of its own, apart from the epochs; a step may have several batches."""
+
+    def __init__(self, budget_s: float, batches_per_step: int):
+        super().__init__()
+        self.budget_s, self.batches_per_step = budget_s, batches_per_step
+        self.seconds: list[float] = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch % self.batches_per_step == 0:
+            self._began = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (batch + 1) % self.batches_per_step == 0:
+            float(logs["loss"])  # waits for the device: the loss is read after the whole step has been launched
+            self.seconds.append(time.perf_counter() - self._began)
+            self.model.stop_training = is_enough(self.seconds[1:], self.budget_s)
+
+
+def is_enough(seconds: Sequence[float], budget_s: float) -> bool:
+    """Whether these calls suffice: where they are cheap there are ENOUGH; p90 may cost a quarter of the budget, p50 all of it."""
+    spent_s = sum(seconds)
+    carries_p90 = len(seconds) >= WARM_UP + NEEDED["p90"]
+    return len(seconds) >= WARM_UP + ENOUGH or spent_s > (budget_s / 4 if carries_p90 else budget_s)
+
+
+def percentiles(path: str, seconds: Sequence[float]) -> Sections:
+    """The section of the figure at `path`, as in `time/step_ms`: percentiles in milliseconds, and the 95 % interval of p99.
+
+    A percentile is None where there are too few calls for it. WARM_UP calls are left out, or a fifth where there are few.
+    """
+    ms = 1e3 * np.sort(seconds[min(WARM_UP, len(seconds) // 5) :])
+    n, spent_s = len(ms), sum(seconds)
+    figures: dict[str, float | int | None] = {name: None for name in (*NEEDED, "p99_low", "p99_high")}
+    missing = {}
+    for name, needed in NEEDED.items():
+        if n >= needed:
+            figures[name] = float(np.percentile(ms, int(name[1:])))
+        else:
+            reason = f"fewer than {needed} calls in {spent_s:.3g} s; raise --measure-seconds"
+            missing[f"{path}/{name}"] = reason
+    if figures["p99"] is not None:  # the ranks of a binomial's 95 %, by its normal approximation
+        middle, margin = 0.99 * n, Z_95 * math.sqrt(n * 0.99 * 0.01)
+        figures["p99_low"] = float(ms[math.floor(middle - margin) - 1])
+        figures["p99_high"] = float(ms[min(math.ceil(middle + margin), n) - 1])
+    section, name = path.split("/")
+    return {section: {name: {**figures, "n": n}}, "missing": missing}
+
+
+def merge(*parts: Sections) -> Sections:
+    """The sections of all parts together."""
+    merged: Sections = {}
+    for part in parts:
+        for section, figures in part.items():
+            merged[section] = merged.get(section, {}) | figures
+    return merged
+
+
+def timed(function: Callable, *arguments) -> tuple:
+    """What `function` returns, and the seconds it takes."""
+    began = time.perf_counter()
+    return function(*arguments), time.perf_counter() - began
+
+
+def _repeat(function: Callable, images: np.ndarray, budget_s: float) -> tuple[float, list[float]]:
+    """Seconds of the first call of `function`, which compiles, and of steady ones."""
+    first_s = timed(function, images)[1]
+    seconds: list[float] = []
+    while not is_enough(seconds, budget_s):
+        seconds.append(timed(function, images)[1])
+    return first_s, seconds
+
+
+def compiling(first_s: float, steady_s: Sequence[float]) -> float:
+    """Seconds by which a first call takes longer than the steady ones: what tracing and compiling take."""
+    return max(first_s - statistics.median(steady_s), 0.0)
+
+
+def inference(predict: Callable, images: np.ndarray, batch_size: int, budget_s: float) -> Sections:
+    """Latency of one image and throughput of batches with `predict`, from NumPy array to NumPy array."""
+    batch = images[:batch_size]
+    first_one_s, one_s = _repeat(predict, images[:1], budget_s)
+    first_batch_s, batch_s = _repeat(predict, batch, budget_s / 4)
+    rate = {"time": {"inference_images_per_s": len(batch) / statistics.median(batch_s)}}
+    compile_s = {"predict_one": compiling(first_one_s, one_s), "predict_batch": compiling(first_batch_s, batch_s)}
+    return merge(percentiles("time/latency_ms", one_s), rate, {"compile_s": compile_s})
+
+
+def bare_latency(predict: Callable | None, why_not: str, images: np.ndarray, budget_s: float) -> Sections:
+    """Latency of one image with `predict`, which has no Keras around it; where there is no such function, `why_not` says why."""
+    if predict is None:
+        return {"time": {"bare_latency_ms": None}, "missing": {"time/bare_latency_ms": why_not}}
+    return percentiles("time/bare_latency_ms", _repeat(predict, images[:1], budget_s)[1])
+
+
+def step_sections(seconds: Sequence[float]) -> Sections:
+    """The sections of a training step, of which the first compiles."""
+    first_s, *steady_s = seconds
+    first = {"time": {"first_step_s": first_s}, "compile_s": {"train_step": compiling(first_s, steady_s)}}
+    return merge(percentiles("time/step_ms", steady_s), first)
+
+
+def steps(
+    model: keras.Model, x: np.ndarray, y: np.ndarray, batch_size: int, batches_per_step: int, budget_s: float
+) -> Sections:
+    """Time of the first training step, which compiles, and of steady ones; the model is afterwards as before.
+
+    Batches come as in the training, because TensorFlow compiles again for another source of data. The partial batch at
+    the end of an epoch is compiled here, too, so that no epoch compiles.
+    """
+    model.optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *model.optimizer.variables]
+    before = copy_values(variables)
+    batch_size = min(batch_size, len(x))
+    batches_per_step = min(batches_per_step, len(x) // batch_size)
+    step_size = batch_size * batches_per_step
+    whole = len(x) // step_size * step_size
+
+    def fit(count: int, timer: Sequence[StepTimer] = ()) -> None:
+        batches = ShuffledBatches(x[:count], y[:count], min(batch_size, count))
+        model.fit(batches, shuffle=False, verbose=0, callbacks=[*timer])
+
+    timer = StepTimer(budget_s, batches_per_step)
+    while not is_enough(timer.seconds[1:], budget_s):
+        fit(whole, [timer])
+    partial_s = 0.0
+    if rest := len(x) % batch_size:
+        partial_s = compiling(timed(fit, rest)[1], [timed(fit, rest)[1]])
+    assign_copies(variables, before)
+    return merge(step_sections(timer.seconds), {"compile_s": {"partial_batch": partial_s}})
+
+
+def compiling_evaluation(evaluate: Callable, x: np.ndarray, y: np.ndarray, batch_size: int) -> Sections:
+    """Compile time of evaluating a whole batch and the partial one at the end."""
+    count = min(len(x), batch_size + len(x) % batch_size)
+    first_s, second_s = (timed(evaluate, x[:count], y[:count])[1] for _ in range(2))
+    return {"compile_s": {"evaluation": compiling(first_s, [second_s])}}
+
+
+def before_training(
+    model: keras.Model,
+    x_train: np.ndarray,
+    y_train: np.ndarray,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+    batch_size: int,
+    batches_per_step: int,
+    budget_s: float,
+) -> Sections:
+    """Latency, throughput of inference, step time and compile times; the model is afterwards as before."""
+
+    def evaluate(x: np.ndarray, y: np.ndarray) -> None:
+        model.evaluate(x, y, batch_size, verbose=0)
+
+    predicting = inference(model.predict_on_batch, x_test, batch_size, budget_s)
+    peak_bytes = find_device().peak_memory_bytes  # cannot be reset, and training holds more
+    return merge(
+        predicting,
+        {"memory": {"inference_peak_device_bytes": peak_bytes}},
+        bare_latency(bare_predict(model), NOTHING_COMPILED, x_test, budget_s),
+        steps(model, x_train, y_train, batch_size, batches_per_step, budget_s),
+        compiling_evaluation(evaluate, x_test, y_test, batch_size),
+    )
+
+
+def finish(sections: Sections, build_s: float, ready_s: float) -> Sections:
+    """The sections with what follows from them: the total of compiling, and the wait until the first step.
+
+    Building the model, in `build_s`, compiles many small programs on JAX; `ready_s` is the age of the process after it.
+    """
+    rest = {name: figures for name, figures in sections.items() if name != "compile_s"}
+    compile_s = {"build": build_s, **sections["compile_s"]}
+    compile_s["total"] = sum(compile_s.values())
+    to_first_step_s = ready_s + sections["time"]["first_step_s"]
+    return merge(rest, {"time": {"compile_s": compile_s, "to_first_step_s": to_first_step_s}})
+
+
+def to_first_epoch(epochs: Sequence[Epoch], ready_s: float | None, measured: Sections) -> Sections:
+    """The wait from the start of the process to the end of the first epoch, as if nothing had been measured in between.
+
+    The process was `ready_s` old when the model was built; None where the run was resumed. What was compiled while `measured`
+    was measured would otherwise have been compiled in the epoch.
+    """
+    if ready_s is None or not epochs:
+        reason = "the run was resumed" if epochs else "no epoch is complete"
+        return {"time": {"to_first_epoch_s": None}, "missing": {"time/to_first_epoch_s": reason}}
+    compile_s = measured.get("time", {}).get("compile_s", {})
+    earlier_s = sum(compile_s.get(part, 0.0) for part in ("train_step", "partial_batch", "evaluation"))
+    return {"time": {"to_first_epoch_s": ready_s + earlier_s + epochs[0].end_s}}
+
+
+def evaluation(evaluate: Callable[[], dict], images: int, budget_s: float) -> tuple[dict, dict]:
+    """The metrics that `evaluate` returns, and `evaluation_images_per_s` of a second call, as the first may compile.
+
+    There is no second call, and no figure, where the first takes longer than `budget_s`.
+    """
+    metrics, first_s = timed(evaluate)
+    return metrics, {"evaluation_images_per_s": images / timed(evaluate)[1]} if first_s < budget_s else {}
