@@ -247,7 +247,8 @@ with process.exit_on_sigint(enabled=__name__ == "__main__"):
     from edgebench.compile_cache import CompileCache
     from edgebench.files import InMemoryWeights, replacing
     from edgebench.layers import Attention, Dropout, attention_path, random_uniform
-    from edgebench.results import recording, start_results, training_figures
+    from edgebench.load import LoadMeter, peak_rss_bytes
+    from edgebench.results import recording, start_results, training_sections
     from edgebench.torch_graphs import FusedAdamW, is_compiled, with_graphs
     from edgebench.tracking import start_wandb
 
@@ -618,20 +619,23 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 print(f"note: --patch-size does not divide --image-size: the last {rest} rows and columns are cut off")
 
             # Measure; the weights are afterwards as before
+            sensors = machine.is_gpu, machine.gpu_id, progress.energy_spans, first_epoch
+            meters = energy.start_meters(*sensors) if budget_s else energy.NOT_MEASURED
             measured, compiling_epochs = progress.measured, list(progress.compiling_epochs)
             if budget_s and not measured:
                 print(f"measuring latency and step time, for up to {budget_s:g} s each (--measure-seconds)")
                 arrays = data.x_train, data.y_train, data.x_test, data.y_test
-                sections = measure.before_training(model, *arrays, images, config.gradient_accumulation_steps, budget_s)
+                parts = config.gradient_accumulation_steps
+                sections = measure.before_training(model, *arrays, images, parts, budget_s, meters)
                 measured = measure.finish(sections, build_s, ready_s)
             else:
                 compiling_epochs.append(first_epoch)
             for section, figures in measured.items():
-                results[section] |= figures
+                results[section] = results.get(section, {}) | figures
 
             # Train
-            meters = energy.start_meters(machine.is_gpu, progress.energy_spans) if budget_s else energy.NOT_MEASURED
-            timer = timing.EpochTimer(energy.running(meters), progress.epochs)
+            load_meter = LoadMeter(machine.is_gpu, machine.gpu_id, progress.load_spans, first_epoch)
+            timer = timing.EpochTimer([*energy.running(meters), load_meter], progress.epochs)
             log = timing.EpochLog(timer, progress.epochs)
             batches = datasets.ShuffledBatches(data.x_train, data.y_train, images)
             best_weights = resume.restore(model, progress, resume_path)
@@ -642,7 +646,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             if is_resumable:
                 wandb_id = wandb_run.id if wandb_run else None
                 start = replace(progress, wandb_id=wandb_id, measured=measured, compiling_epochs=compiling_epochs)
-                own_callbacks.append(resume.ResumeFile(resume_path, run_identity, start, log, best, meters))
+                own_callbacks.append(resume.ResumeFile(resume_path, run_identity, start, log, best, meters, load_meter))
             if wandb_run:
                 own_callbacks.append(CustomWandbCallback(wandb_run))
             try:
@@ -657,13 +661,11 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                     verbose=1 if sys.stdout.isatty() else 2,  # a progress bar, or in a log file a line an epoch
                 )
             finally:  # also where the run ends early
-                training = training_figures(log.epochs, len(data.x_train), compiling_epochs, results["what"])
-                first_s = None if progress.resumed_after_epochs else ready_s
-                waiting = measure.to_first_epoch(log.epochs, first_s, measured)
+                count = len(data.x_train)
+                training = training_sections(log.epochs, count, compiling_epochs, results["what"], meters, load_meter)
+                waiting = measure.to_first_epoch(log.epochs, None if first_epoch else ready_s, measured)
                 for section, figures in measure.merge(training, waiting).items():
-                    results[section] |= figures
-                results["quality"] = {"epochs": [epoch.logs for epoch in log.epochs]}
-                results["quality"]["epoch_end_s"] = [epoch.end_s for epoch in log.epochs]
+                    results[section] = results.get(section, {}) | figures
                 results["memory"]["train_peak_device_bytes"] = device.find_device().peak_memory_bytes
                 results["what"] |= how_it_runs(
                     model, config, cache
@@ -680,8 +682,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
 
             test, evaluation = measure.evaluation(evaluate, len(data.x_test), budget_s)
             results["time"] |= evaluation
-            results["memory"]["peak_rss_bytes"] = device.peak_rss_bytes()
-            results["energy"] = energy.energy_figures(meters, len(data.x_train))
+            results["memory"]["peak_rss_bytes"] = peak_rss_bytes()
             results["quality"] |= {"best_epoch": best.epoch, "best_epoch_s": log.epochs[best.epoch - 1].end_s}
             results["quality"]["test"] = {f"test_{name}": value for name, value in test.items()}
     with contextlib.suppress(OSError):

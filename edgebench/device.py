@@ -1,10 +1,10 @@
 """The device behind the backend: what it is, whether it works, its seeds, its number format and its memory."""
 
 import contextlib
+import os
 import platform
 import random
 import re
-import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from edgebench import nvml
 from edgebench.cli import ExperimentError, OutOfMemory, one_line, require
 
 BACKEND = keras.backend.backend()
@@ -44,34 +45,62 @@ OUT_OF_MEMORY = re.compile(  # as each backend says it
 class Device:
     """The device on which the backend computes by default.
 
-    On a CPU `cuda`, the CUDA version, and `peak_memory_bytes`, the most that the backend's allocator has held at once, are None.
+    On a CPU `cuda`, the CUDA version, `peak_memory_bytes`, the most that the backend's allocator has held at once, and
+    `gpu_id`, the PCI address, are None. The address is also None where CUDA does not tell it.
     """
 
     name: str
     is_gpu: bool = False
     cuda: str | None = None
     peak_memory_bytes: int | None = None
+    gpu_id: str | None = None
 
 
 def find_device() -> Device:
-    """The backend's default device as it is now."""
-    if BACKEND == "jax" and (gpu := jax.devices()[0]).platform != "cpu":
-        peak = (gpu.memory_stats() or {}).get("peak_bytes_in_use")
-        return Device(gpu.device_kind, True, " ".join(gpu.client.platform_version.split()), peak)
-    if BACKEND == "torch" and torch.cuda.is_available():
-        return Device(torch.cuda.get_device_name(), True, torch.version.cuda, torch.cuda.max_memory_allocated())
-    if BACKEND == "tensorflow" and (gpus := tf.config.list_physical_devices("GPU")):
-        name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
-        peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
-        return Device(name, True, tf.sysconfig.get_build_info().get("cuda_version"), peak)
+    """The device as it is now on which the backend puts what it computes: KERAS_TORCH_DEVICE, for example, can move it."""
+    # Not ops.ones alone, as TensorFlow keeps a constant on the CPU. A GPU is asked here whether it works at all.
+    if BACKEND == "jax":
+        with jax.ensure_compile_time_eval():  # the layers ask while they are traced
+            (gpu,) = ops.matmul(ops.ones((2, 2)), ops.ones((2, 2))).devices()
+        if gpu.platform != "cpu":
+            peak, cuda = (
+                (gpu.memory_stats() or {}).get("peak_bytes_in_use"),
+                " ".join(gpu.client.platform_version.split()),
+            )
+            return Device(gpu.device_kind, True, cuda, peak, _pci_address(gpu.local_hardware_id))
+    elif BACKEND == "torch":
+        device = ops.ones((2, 2)).device
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            peak = torch.cuda.max_memory_allocated(index)
+            return Device(torch.cuda.get_device_name(index), True, torch.version.cuda, peak, _pci_address(index))
+    else:
+        with tf.init_scope():
+            place = ops.matmul(ops.ones((2, 2)), ops.ones((2, 2))).device.rpartition("/device:")[2]
+        if place.startswith("GPU"):
+            # Of the GPUs that CUDA shows, TensorFlow may use some only: the physical name has CUDA's number.
+            gpu = tf.config.get_visible_devices("GPU")[int(place.partition(":")[2])]
+            name = tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
+            peak = tf.config.experimental.get_memory_info(place)["peak"]
+            cuda = tf.sysconfig.get_build_info().get("cuda_version")
+            return Device(name, True, cuda, peak, _pci_address(int(gpu.name.rpartition(":")[2])))
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return Device(model[1] if model else platform.machine())
 
 
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+def _pci_address(ordinal: int | None) -> str | None:
+    return None if ordinal is None else nvml.pci_address(ordinal)
+
+
+def backend_threads() -> int | None:
+    """The number of threads that the backend computes with on the CPU; None where it has no such number."""
+    if BACKEND == "torch":
+        return torch.get_num_threads()
+    if BACKEND == "tensorflow":  # by default one for every core that the process may use
+        return tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
+    threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
+    return sum("XLAEigen" in name for name in threads) or None  # JAX does not tell the size of XLA's pool
 
 
 def prepare(wanted: str, seed: int, dtype_policy: str, tf32: bool) -> Device:

@@ -3,15 +3,17 @@
 import contextlib
 import itertools
 import math
-import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from edgebench import nvml
+
 FIGURES = ("joules_per_epoch", "joules_per_image", "mean_w", "peak_w", "utilization_percent", "max_temperature_c")
+UNAVAILABLE = "unavailable: "  # begins a source that gives no figure
 JETSON_RAILS = {"VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"}
 
 
@@ -29,27 +31,15 @@ Sensor = tuple[str, Callable[[], Reading]]  # what is read, and how
 Spans = list[list[tuple[float, Reading]]]  # (seconds, reading) of every span that was measured
 
 
-def nvml_sensor() -> Sensor:
-    """The first visible NVIDIA GPU, through nvidia-ml-py."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
-    gpu = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdecimal() else 0)
-    has_counter = False
-    with contextlib.suppress(pynvml.NVMLError):  # GPUs before Volta have none
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
-        has_counter = True
+def nvml_sensor(gpu_id: str | None) -> Sensor:
+    """The NVIDIA GPU at this PCI address, through nvidia-ml-py."""
+    gpu = nvml.Gpu(gpu_id)
+    power = gpu.power()  # on a Jetson NVML starts, but answers NotSupported
 
     def read() -> Reading:
-        return Reading(
-            watts=pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
-            joules=pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3 if has_counter else None,
-            utilization_percent=pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
-            temperature_c=pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
-        )
+        watts, joules = power()
+        return Reading(watts, joules, utilization_percent=gpu.utilization_percent(), temperature_c=gpu.temperature_c())
 
-    read()  # on a Jetson NVML starts, but answers NotSupported
     return "NVML, the whole board", read
 
 
@@ -94,7 +84,11 @@ def _number_in(path: Path) -> int:
 
 
 class EnergyMeter:
-    """Energy between `begin` and `end`, over all such spans and the given ones; a thread reads the sensor meanwhile."""
+    """Energy between `begin` and `end`, which enclose one span each; a thread reads the sensor meanwhile.
+
+    A span is the training part of one epoch, and its index in `spans` is that of the epoch. Those of an interrupted run that
+    is continued come first.
+    """
 
     INTERVAL_S = 0.2
 
@@ -124,12 +118,16 @@ class EnergyMeter:
         except Exception as error:  # the sensor is gone, and with it the joules since the last reading
             self.failure = self.failure or f"lost during the run ({error})"
 
-    def figures(self, images: int) -> dict:
-        """FIGURES and their `source`; every span is one epoch of `images` images."""
-        if self.failure or not self.spans:
-            return unavailable(self.failure or "no epoch was measured")
+    def figures(self, images: int, counted: Collection[int]) -> dict:
+        """FIGURES and their `source`, over the epochs with the indices `counted`, each of `images` images.
+
+        An epoch that the sensor has not seen, because an interrupted run had another one, does not count.
+        """
+        spans = [span for i, span in enumerate(self.spans) if i in counted and len(span) > 1]
+        if self.failure or not spans:
+            return unavailable(self.failure or "no epoch was measured but those that compile")
         joules = seconds = peak_w = 0.0
-        for span in self.spans:
+        for span in spans:
             for (then, last), (now, reading) in itertools.pairwise(span):
                 interval = now - then
                 if reading.joules is None:
@@ -139,13 +137,13 @@ class EnergyMeter:
                     # A counter moves in steps: over too short an interval it shows a peak that is none.
                     watts = reading.watts or (spent / interval if interval > self.INTERVAL_S / 2 else 0.0)
                 joules, seconds, peak_w = joules + spent, seconds + interval, max(peak_w, watts)
-        readings = [reading for span in self.spans for _, reading in span]
+        readings = [reading for span in spans for _, reading in span]
         loads = [reading.utilization_percent for reading in readings if reading.utilization_percent is not None]
         temperatures = [reading.temperature_c for reading in readings if reading.temperature_c is not None]
         return {
             "source": self.source,
-            "joules_per_epoch": joules / len(self.spans),
-            "joules_per_image": joules / len(self.spans) / images,
+            "joules_per_epoch": joules / len(spans),
+            "joules_per_image": joules / len(spans) / images,
             "mean_w": joules / seconds,
             "peak_w": peak_w or None,
             "utilization_percent": statistics.fmean(loads) if loads else None,
@@ -155,23 +153,25 @@ class EnergyMeter:
 
 def unavailable(reason: str) -> dict:
     """FIGURES, all None, and as their `source` why."""
-    return {"source": f"unavailable: {reason}", **dict.fromkeys(FIGURES)}
+    return {"source": UNAVAILABLE + reason, **dict.fromkeys(FIGURES)}
 
 
 Meters = dict[str, EnergyMeter | str]  # by part of the machine: its meter, or the reason why there is none
 NOT_MEASURED: Meters = {"accelerator": "not measured", "cpu_package": "not measured"}
 
 
-def start_meters(is_gpu: bool, spans: Mapping[str, list]) -> Meters:
+def start_meters(is_gpu: bool, gpu_id: str | None, spans: Mapping[str, list], epochs_done: int = 0) -> Meters:
     """Meters for the accelerator (on a Jetson the whole module) and the CPU package.
 
-    They continue the `spans` of an interrupted run, as `spans_as_json` gave them, where the sensor is the same.
+    `epochs_done` is the number of epochs of an interrupted run that goes on. The meters continue its `spans`, as
+    `spans_as_json` gave them, where the sensor is the same.
     """
-    accelerator = _first_working([nvml_sensor, ina3221_sensor], spans) if is_gpu else "the backend runs on the CPU"
-    return {"accelerator": accelerator, "cpu_package": _first_working([rapl_sensor], spans)}
+    gpu_sensors = [lambda: nvml_sensor(gpu_id), ina3221_sensor]
+    accelerator = _first_working(gpu_sensors, spans, epochs_done) if is_gpu else "the backend runs on the CPU"
+    return {"accelerator": accelerator, "cpu_package": _first_working([rapl_sensor], spans, epochs_done)}
 
 
-def _first_working(sensors: Sequence[Callable[[], Sensor]], spans: Mapping[str, list]) -> EnergyMeter | str:
+def _first_working(sensors: Sequence[Callable], spans: Mapping[str, list], epochs_done: int) -> EnergyMeter | str:
     reasons = []
     for sensor in sensors:
         try:
@@ -180,7 +180,8 @@ def _first_working(sensors: Sequence[Callable[[], Sensor]], spans: Mapping[str, 
             reasons.append(str(error) or type(error).__name__)
         else:
             earlier = [[(seconds, Reading(*reading)) for seconds, reading in span] for span in spans.get(source, [])]
-            return EnergyMeter(source, read, earlier)
+            not_seen = [[] for _ in range(epochs_done - len(earlier))]
+            return EnergyMeter(source, read, [*not_seen, *earlier])
     return "; ".join(reasons)
 
 
@@ -189,9 +190,33 @@ def running(meters: Meters) -> list[EnergyMeter]:
     return [meter for meter in meters.values() if isinstance(meter, EnergyMeter)]
 
 
-def energy_figures(meters: Meters, images: int) -> dict[str, dict]:
-    """The section of the results on energy, for epochs that are `images` long."""
-    return {name: unavailable(m) if isinstance(m, str) else m.figures(images) for name, m in meters.items()}
+def energy_figures(meters: Meters, images: int, counted: Collection[int]) -> dict[str, dict]:
+    """The section of the results on energy, over the epochs with the indices `counted`, each of `images` images."""
+    return {name: unavailable(m) if isinstance(m, str) else m.figures(images, counted) for name, m in meters.items()}
+
+
+def inference_energy(meters: Meters, predict: Callable, images: int, min_s: float = 10.0) -> dict[str, dict]:
+    """Sections of the results: joules an image by part of the machine, over a loop of `predict` of at least `min_s`.
+
+    `predict` takes a batch of `images` images and waits for its result. What the machine draws when idle is included.
+    Without a sensor nothing runs.
+    """
+    loop = {name: EnergyMeter(meter.source, meter.read) for name, meter in meters.items() if not isinstance(meter, str)}
+    for meter in loop.values():
+        meter.begin()
+    began, batches = time.perf_counter(), 0
+    while loop and time.perf_counter() - began < min_s:
+        predict()
+        batches += 1
+    for meter in loop.values():
+        meter.end()
+    joules, missing = {}, {}
+    for name, meter in meters.items():
+        figures = unavailable(meter) if isinstance(meter, str) else loop[name].figures(batches * images, [0])
+        joules[name] = figures["joules_per_image"]
+        if joules[name] is None:
+            missing[f"energy/inference_joules_per_image/{name}"] = figures["source"].removeprefix(UNAVAILABLE)
+    return {"energy": {"inference_joules_per_image": joules}, "missing": missing}
 
 
 def spans_as_json(meters: Meters) -> dict[str, Spans]:

@@ -85,7 +85,7 @@ def attention_path(shape: tuple[int, int, int, int], dropout: float, compute_dty
     if BACKEND != "torch":
         is_explicit = dropout > 0 or _lacks_fused_attention(compute_dtype)
         return "explicit einsums" if is_explicit else "dot_product_attention"
-    is_gpu = torch.cuda.is_available()
+    is_gpu = find_device().is_gpu
     if dropout > 0 and is_compiled and not is_gpu:
         return "explicit einsums"
     options = {"device": "cuda" if is_gpu else "cpu", "dtype": getattr(torch, compute_dtype), "requires_grad": True}

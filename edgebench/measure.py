@@ -14,6 +14,7 @@ import numpy as np
 from edgebench.bare import NOTHING_COMPILED, bare_predict
 from edgebench.datasets import ShuffledBatches
 from edgebench.device import assign_copies, copy_values, find_device
+from edgebench.energy import Meters, inference_energy
 from edgebench.timing import Epoch
 
 WARM_UP, ENOUGH = 10, 1000  # calls: the first are not counted, and more than so many tell nothing new
@@ -171,8 +172,9 @@ def before_training(
     batch_size: int,
     batches_per_step: int,
     budget_s: float,
+    meters: Meters,
 ) -> Sections:
-    """Latency, throughput of inference, step time and compile times; the model is afterwards as before."""
+    """Latency, throughput and energy of inference, step time and compile times; the model is afterwards as before."""
 
     def evaluate(x: np.ndarray, y: np.ndarray) -> None:
         model.evaluate(x, y, batch_size, verbose=0)
@@ -182,6 +184,7 @@ def before_training(
     return merge(
         predicting,
         {"memory": {"inference_peak_device_bytes": peak_bytes}},
+        inference_energy(meters, lambda: model.predict_on_batch(x_test[:batch_size]), len(x_test[:batch_size])),
         bare_latency(bare_predict(model), NOTHING_COMPILED, x_test, budget_s),
         steps(model, x_train, y_train, batch_size, batches_per_step, budget_s),
         compiling_evaluation(evaluate, x_test, y_test, batch_size),

@@ -13,8 +13,10 @@ from pathlib import Path
 from edgebench.callbacks import StopSignals
 from edgebench.cli import ExperimentError, Interrupted, one_line, warn
 from edgebench.costs import peak_flops
-from edgebench.device import Device
+from edgebench.device import Device, backend_threads
+from edgebench.energy import UNAVAILABLE, Meters, energy_figures
 from edgebench.files import replacing
+from edgebench.load import LoadMeter
 from edgebench.timing import Epoch
 from edgebench.tracking import finish_wandb
 
@@ -34,6 +36,7 @@ def start_results(backend: str, packages: dict[str, str], device: Device, config
         "node": config["node_name"],
         "device": device.name,
         "is_gpu": device.is_gpu,
+        "gpu_id": device.gpu_id,
         "power_mode": POWER_MODE.read_text().strip() if POWER_MODE.exists() else None,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
@@ -47,21 +50,36 @@ def start_results(backend: str, packages: dict[str, str], device: Device, config
     return {"schema_version": SCHEMA_VERSION, "status": "failed", "failure": None, "what": what, **sections}
 
 
-def training_figures(
-    epochs: Sequence[Epoch], images: int, compiling_epochs: Collection[int], what: dict
+def training_sections(
+    epochs: Sequence[Epoch],
+    images: int,
+    compiling_epochs: Collection[int],
+    what: dict,
+    meters: Meters,
+    load_meter: LoadMeter,
 ) -> dict[str, dict]:
-    """Sections on the complete epochs, `images` long each; throughput leaves out the epochs that compile, by index."""
-    steady_s = [epoch.train_s for i, epoch in enumerate(epochs) if i not in compiling_epochs]
-    rate = images / statistics.median(steady_s) if steady_s else None
+    """Sections on the complete epochs, `images` long each. Those that compile, by index, count only for the accuracy."""
+    counted = [i for i in range(len(epochs)) if i not in compiling_epochs]
+    counted_s = [epochs[i].train_s for i in counted]
+    rate = images / statistics.median(counted_s) if counted else None
     peak = peak_flops(what["device"], what["dtype_policy"], what["tf32"])
-    missing = {} if rate else {"time/train_images_per_s": "every complete epoch compiled; raise --num-epochs"}
-    figures = {
+    time_figures = {
         "epoch_s": [epoch.train_s for epoch in epochs],
         "train_images_per_s": rate,
-        "epoch_spread": max(steady_s) / min(steady_s) if len(steady_s) > 1 else None,
+        "epoch_spread": max(counted_s) / min(counted_s) if len(counted) > 1 else None,
         "model_flops_utilization": rate * what["train_flops_per_image"] / peak if rate and peak else None,
     }
-    return {"time": figures, "missing": missing}
+    missing = {} if counted else {"time/train_images_per_s": "no epoch is complete but those that compile"}
+    load, load_missing = load_meter.figures(counted, backend_threads())
+    for problem in load["problems"]:
+        warn(problem)
+    return {
+        "time": time_figures,
+        "load": load,
+        "energy": energy_figures(meters, images, counted),
+        "quality": {"epochs": [epoch.logs for epoch in epochs], "epoch_end_s": [epoch.end_s for epoch in epochs]},
+        "missing": missing | load_missing,
+    }
 
 
 def _git(*arguments: str) -> str | None:
@@ -105,7 +123,7 @@ def figures(results: dict) -> dict[str, float | None]:
         elif not isinstance(value, list | str):
             flat[prefix] = value
 
-    for section in ("time", "memory", "energy", "quality"):
+    for section in ("time", "memory", "load", "energy", "quality"):
         add(section, results.get(section, {}))
     return flat
 
@@ -116,13 +134,17 @@ def _print_table(results: dict) -> None:
     paths = f"{what.get('attention', 'unknown')} attention, {what['augmentation']} augmentation"
     print(f"results of {what['backend']} on {what['device']}: {what['dtype_policy']}, {switches}, {paths}")
     missing = results["missing"]
+    sources = {part: energy["source"] for part, energy in results.get("energy", {}).items() if "source" in energy}
+    without_sensor = tuple(f"energy/{part}/" for part, source in sources.items() if source.startswith(UNAVAILABLE))
     for name, value in figures(results).items():
+        if without_sensor and name.startswith(without_sensor):
+            continue  # one line for all of them below
         if value is not None:
             print(f"  {name:<42} {format(value, ',.5g' if value < 1e5 else ',.0f')}")
         else:
             print(f"  {name:<42} unavailable{f' ({missing[name]})' if name in missing else ''}")
-    for part, energy in results.get("energy", {}).items():
-        print(f"  energy of {part} from: {energy['source']}")
+    for part, source in sources.items():
+        print(f"  energy of {part}: {source if source.startswith(UNAVAILABLE) else f'from {source}'}")
     if results["status"] == "complete":
         quality, test = results["quality"], results["quality"]["test"]
         accuracy, top_5, loss = test["test_accuracy"], test["test_top-5-accuracy"], test["test_loss"]

@@ -19,6 +19,7 @@ from edgebench.cli import ExperimentError, flag, one_line, require, warn
 from edgebench.device import assign_copies, copy_values
 from edgebench.energy import Meters, spans_as_json
 from edgebench.files import replacing
+from edgebench.load import LoadMeter
 from edgebench.timing import Epoch, EpochLog
 
 
@@ -32,6 +33,7 @@ class Progress:
     wandb_id: str | None = None
     measured: dict[str, dict] = field(default_factory=dict)  # sections of the results, measured before the training
     energy_spans: dict[str, list] = field(default_factory=dict)
+    load_spans: list[dict | None] = field(default_factory=list)
     best_epoch: int = 0
     best_accuracy: float = -math.inf
     variables: list[np.ndarray] = field(default_factory=list)
@@ -112,10 +114,12 @@ def _variables(model: keras.Model) -> list[keras.Variable]:
 class ResumeFile(keras.callbacks.Callback):
     """Writes all that continues the run after every complete epoch, as one file, atomically."""
 
-    def __init__(self, path: Path, identity: dict, started: Progress, log: EpochLog, best, meters: Meters):
+    def __init__(
+        self, path: Path, identity: dict, started: Progress, log: EpochLog, best, meters: Meters, load_meter: LoadMeter
+    ):
         """`started` is how far the run had come when it was started; `log` and `best`, the vit.BestWeights, run before this."""
         super().__init__()
-        self.path, self.log, self.best, self.meters = path, log, best, meters
+        self.path, self.log, self.best, self.meters, self.load_meter = path, log, best, meters, load_meter
         names = ("wandb_id", "measured", "resumed_after_epochs", "compiling_epochs")
         self.constant = {"identity": identity, **{name: getattr(started, name) for name in names}}
 
@@ -128,6 +132,7 @@ class ResumeFile(keras.callbacks.Callback):
             "best_epoch": self.best.epoch,
             "best_accuracy": self.best.accuracy,
             "energy_spans": spans_as_json(self.meters),
+            "load_spans": self.load_meter.spans,
         }
         arrays = {"progress": np.frombuffer(json.dumps(state).encode(), np.uint8)}
         arrays |= {f"value_{i}": value for i, value in enumerate([*copy_values(variables), *best_weights])}

@@ -7,11 +7,10 @@ one. Epochs are timed as wholes; measure.py times single steps apart from them.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import keras
 from keras import ops
-
-from edgebench.energy import EnergyMeter
 
 
 @dataclass(frozen=True)
@@ -23,14 +22,22 @@ class Epoch:
     end_s: float
 
 
+class Meter(Protocol):
+    """What measures the training part of every epoch, besides its time: energy.EnergyMeter, load.LoadMeter."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
 class EpochTimer(keras.callbacks.Callback):
-    """Times the training part of every epoch, without validation, and switches the energy meters on for just that part.
+    """Times the training part of every epoch, without validation, and switches meters on for just that part.
 
     `epochs` are those of an interrupted run that this one continues. `wait` waits for the device, by default until Keras'
     last step is done. A loop without Keras calls the hooks itself.
     """
 
-    def __init__(self, meters: Sequence[EnergyMeter], epochs: Sequence[Epoch] = (), wait: Callable | None = None):
+    def __init__(self, meters: Sequence[Meter], epochs: Sequence[Epoch] = (), wait: Callable | None = None):
         super().__init__()
         # One weight can be read once the last step is done, on every backend.
         self.wait = wait or (lambda: ops.convert_to_numpy(self.model.trainable_weights[-1].value))

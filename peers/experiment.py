@@ -20,9 +20,10 @@ from edgebench import datasets, energy, measure, process, timing
 from edgebench.callbacks import DIVERGED_ADVICE, StopSignals
 from edgebench.cli import Diverged, errors_in_one_line, require
 from edgebench.compile_cache import CompileCache
-from edgebench.device import find_device, peak_rss_bytes, prepare
+from edgebench.device import find_device, prepare
 from edgebench.files import replacing
-from edgebench.results import recording, start_results, training_figures
+from edgebench.load import LoadMeter, peak_rss_bytes
+from edgebench.results import recording, start_results, training_sections
 
 
 def check(config: vit.ViTConfig) -> None:
@@ -37,13 +38,12 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
     machine = prepare(config.device, config.seed, config.dtype_policy, config.tf32)
     packages = {name: importlib.metadata.version(name) for name in native_class.packages}
     results = start_results(native_class.name, packages, machine, config.as_json(), vit.IMPORT_S)
-    what, timings, memory, budget_s = results["what"], results["time"], results["memory"], config.measure_seconds
-    cache = CompileCache()
+    what, budget_s, cache = results["what"], config.measure_seconds, CompileCache()
 
     # Load
     began = time.perf_counter()
     data = vit.load_dataset(config.dataset, config.validation_split, config.seed)
-    timings["load_s"] = time.perf_counter() - began
+    results["time"]["load_s"] = time.perf_counter() - began
     size = vit.vit_size(config, data.image_shape[2], data.num_classes)
     what |= data.describe() | {"resumed_after_epochs": [], "train_flops_per_image": size.train_flops_per_image}
 
@@ -51,22 +51,23 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
         # Build
         began = time.perf_counter()
         native = native_class(config, data, *channel_moments(data.x_train))
-        timings["build_s"], ready_s = time.perf_counter() - began, process.age_s()
+        results["time"]["build_s"] = build_s = time.perf_counter() - began
+        ready_s = process.age_s()
         what |= {"attention": native.attention, "num_parameters": native.num_parameters}
         what |= {"jit_compile": native.is_compiled, "jit_failure": None}
         what["compile_cache"] = cache.describe(native.is_compiled)
         print(f"model: {what['num_parameters']:,} trainable parameters")
 
         # Measure
+        meters = energy.start_meters(machine.is_gpu, machine.gpu_id, {}) if budget_s else energy.NOT_MEASURED
         measured: measure.Sections = {}
         if budget_s:
-            measured = measure.finish(
-                measure_native(native, data, config.batch_size, budget_s), timings["build_s"], ready_s
-            )
+            sections = measure_native(native, data, config.batch_size, budget_s, meters)
+            measured = measure.finish(sections, build_s, ready_s)
 
         # Train
-        meters = energy.start_meters(machine.is_gpu, {}) if budget_s else energy.NOT_MEASURED
-        timer = timing.EpochTimer(energy.running(meters), wait=lambda: None)  # train_epoch has waited
+        load_meter = LoadMeter(machine.is_gpu, machine.gpu_id)
+        timer = timing.EpochTimer([*energy.running(meters), load_meter], wait=lambda: None)  # train_epoch has waited
         log = timing.EpochLog(timer)
         best, best_epoch = train(native, config, data, [timer, log, *callbacks])
 
@@ -75,19 +76,16 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
             return means(native.evaluate(best, *native.on_device(data.x_test, data.y_test)), len(data.x_test), "test_")
 
         compiling_epochs = () if budget_s else (0,)
-        training = training_figures(log.epochs, len(data.x_train), compiling_epochs, what)
+        training = training_sections(log.epochs, len(data.x_train), compiling_epochs, what, meters, load_meter)
         waiting = measure.to_first_epoch(log.epochs, ready_s, measured)
         for section, figures in measure.merge(measured, training, waiting).items():
-            results[section] |= figures
+            results[section] = results.get(section, {}) | figures
         what["compile_cache"] = cache.describe(native.is_compiled)
         test, evaluation = measure.evaluation(evaluate, len(data.x_test), budget_s)
-        timings |= evaluation
-        memory["train_peak_device_bytes"] = find_device().peak_memory_bytes
-        memory["peak_rss_bytes"] = peak_rss_bytes()
-        results["energy"] = energy.energy_figures(meters, len(data.x_train))
-        results["quality"] = {
-            "epochs": [epoch.logs for epoch in log.epochs],
-            "epoch_end_s": [epoch.end_s for epoch in log.epochs],
+        results["time"] |= evaluation
+        results["memory"]["train_peak_device_bytes"] = find_device().peak_memory_bytes
+        results["memory"]["peak_rss_bytes"] = peak_rss_bytes()
+        results["quality"] |= {
             "best_epoch": best_epoch,
             "best_epoch_s": log.epochs[best_epoch - 1].end_s,
             "test": test,
@@ -139,10 +137,14 @@ def train_epoch(native, seed: int, epoch: int, images: int, batch_size: int) -> 
     return native.totals()
 
 
-def measure_native(native, data: vit.Dataset, batch_size: int, budget_s: float) -> measure.Sections:
+def measure_native(
+    native, data: vit.Dataset, batch_size: int, budget_s: float, meters: energy.Meters
+) -> measure.Sections:
     """measure.before_training for a peer: inference, steps, each waited for, and what compiles for the first time."""
     predicting = measure.inference(native.predict, data.x_test, batch_size, budget_s)
     memory = {"memory": {"inference_peak_device_bytes": find_device().peak_memory_bytes}}
+    batch = data.x_test[:batch_size]
+    joules = energy.inference_energy(meters, lambda: native.predict(batch), len(batch))
     images = len(data.x_train)
     size, before = min(batch_size, images), native.snapshot()
     native.begin_epoch(np.arange(images), 0)
@@ -165,7 +167,7 @@ def measure_native(native, data: vit.Dataset, batch_size: int, budget_s: float) 
     evaluating = measure.compiling_evaluation(evaluate, data.x_test, data.y_test, size)
     no_bare_call = measure.bare_latency(None, "there is no Keras around the peer's own call", data.x_test, budget_s)
     parts = measure.step_sections(seconds), {"compile_s": {"partial_batch": partial_s}}, evaluating
-    return measure.merge(predicting, memory, no_bare_call, *parts)
+    return measure.merge(predicting, memory, joules, no_bare_call, *parts)
 
 
 def means(totals: Sequence[float], count: int, prefix: str = "") -> dict[str, float]:
