@@ -261,7 +261,11 @@ IMPORT_S = process.age_s()
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, height, width, channels), uint8 or float, and labels (N,) below `num_classes`; `val` may be empty."""
+    """Images (N, height, width, channels), uint8 or float, and labels (N,) below `num_classes`; `val` may be empty.
+
+    `moments` are mean and variance of every channel, over training and validation as in the keras.io example: were they
+    those of the split, JAX would compile anew for every seed.
+    """
 
     x_train: np.ndarray
     y_train: np.ndarray
@@ -270,6 +274,7 @@ class Dataset:
     x_test: np.ndarray
     y_test: np.ndarray
     num_classes: int
+    moments: tuple[np.ndarray, np.ndarray]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -289,7 +294,8 @@ def load_dataset(dataset: str, validation_split: float, seed: int) -> Dataset:
     train, val = datasets.stratified_split(y, validation_split, seed)
     require(len(train) > 0, f"--validation-split {validation_split} leaves none of the {len(y)} images for training")
     num_classes = int(max(y.max(), y_test.max())) + 1
-    return Dataset(x[train], y[train], x[val], y[val], x_test, y_test, num_classes)
+    moments = datasets.channel_moments(x)
+    return Dataset(x[train], y[train], x[val], y[val], x_test, y_test, num_classes, moments)
 
 
 # ------------ Augmentation ------------
@@ -298,12 +304,12 @@ def load_dataset(dataset: str, validation_split: float, seed: int) -> Dataset:
 ROTATION, ZOOM = 0.02, 0.2
 
 
-def create_data_augmentation(augmentation: str, image_size: int, x_train: np.ndarray) -> keras.Sequential:
-    """All preprocessing: images (B, H, W, C) as stored -> (B, image_size, image_size, C), normalized by `x_train`.
+def create_data_augmentation(augmentation: str, image_size: int, moments: Sequence[np.ndarray]) -> keras.Sequential:
+    """All preprocessing: images (B, H, W, C) as stored -> (B, image_size, image_size, C), normalized by mean and variance.
 
     In training they are also flipped, rotated by up to ROTATION and zoomed by up to ZOOM, at random.
     """
-    mean, variance = datasets.channel_moments(x_train)
+    mean, variance = moments
     normalization = layers.Normalization(mean=mean.tolist(), variance=variance.tolist())
     if augmentation == "fused":
         return keras.Sequential(
@@ -562,12 +568,8 @@ def how_it_runs(model: keras.Model, config: ViTConfig, cache: CompileCache) -> d
     shape = (config.micro_batch_size, config.num_heads, config.num_patches, config.projection_dim)
     compute_dtype = keras.config.dtype_policy().compute_dtype
     attention = attention_path(shape, config.attention_dropout, compute_dtype, is_compiled(model))
-    return {
-        "jit_compile": is_compiled(model),
-        "jit_failure": getattr(model, "failure", None),
-        "attention": attention,
-        "compile_cache": cache.describe(is_compiled(model)),
-    }
+    mode = {"jit_compile": is_compiled(model), "jit_failure": getattr(model, "failure", None), "attention": attention}
+    return mode | {"compile_cache": cache.describe(is_compiled(model))}
 
 
 def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
@@ -605,7 +607,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
         with recording(results, config.results_dir, signals, wandb_run), device.out_of_memory_as(message):
             # Build
             began = time.perf_counter()
-            augmentation = create_data_augmentation(config.augmentation, config.image_size, data.x_train)
+            augmentation = create_data_augmentation(config.augmentation, config.image_size, data.moments)
             model = create_vit_classifier(config, data.image_shape, data.num_classes, augmentation)
             if backend == "torch" and (config.jit == "on" or (config.jit == "auto" and machine.is_gpu)):
                 model = with_graphs(model, batch_sizes={images, 1})  # 1: for the latency
@@ -630,8 +632,6 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 measured = measure.finish(sections, build_s, ready_s)
             else:
                 compiling_epochs.append(first_epoch)
-            for section, figures in measured.items():
-                results[section] = results.get(section, {}) | figures
 
             # Train
             load_meter = LoadMeter(machine.is_gpu, machine.gpu_id, progress.load_spans, first_epoch)
@@ -664,7 +664,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 count = len(data.x_train)
                 training = training_sections(log.epochs, count, compiling_epochs, results["what"], meters, load_meter)
                 waiting = measure.to_first_epoch(log.epochs, None if first_epoch else ready_s, measured)
-                for section, figures in measure.merge(training, waiting).items():
+                for section, figures in measure.merge(measured, training, waiting).items():
                     results[section] = results.get(section, {}) | figures
                 results["memory"]["train_peak_device_bytes"] = device.find_device().peak_memory_bytes
                 results["what"] |= how_it_runs(

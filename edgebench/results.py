@@ -17,10 +17,10 @@ from edgebench.device import Device, backend_threads
 from edgebench.energy import UNAVAILABLE, Meters, energy_figures
 from edgebench.files import replacing
 from edgebench.load import LoadMeter
+from edgebench.schema import SCHEMA_VERSION
 from edgebench.timing import Epoch
 from edgebench.tracking import finish_wandb
 
-SCHEMA_VERSION = 3
 POWER_MODE = Path("/var/lib/nvpmodel/status")  # of a Jetson, as nvpmodel keeps it
 
 

@@ -127,7 +127,7 @@ class GraphModel(keras.Model):
 
 
 def bare_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    """The model's answers without the Python of its layers: the flat graph, compiled where the model's own steps are."""
+    """The model's answers without the Python of its layers: a flat graph, which is the model's own where it is compiled."""
     graphs: dict[tuple, Callable] = {}
 
     def logits(x, values: Sequence):
@@ -135,11 +135,13 @@ def bare_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
             return model(x, training=False)
 
     def predict(images: np.ndarray) -> np.ndarray:
-        x, values = ops.convert_to_tensor(images), [variable.value for variable in model.weights]
+        x = ops.convert_to_tensor(images)
         with torch.no_grad():
+            if is_compiled(model):
+                return ops.convert_to_numpy(model.predict_step((x,)))
+            values = [variable.value for variable in model.weights]
             if x.shape not in graphs:
-                graph = trace(logits, x, values)
-                graphs[x.shape] = torch.compile(graph) if is_compiled(model) else graph
+                graphs[x.shape] = trace(logits, x, values)
             return ops.convert_to_numpy(graphs[x.shape](x, values))
 
     return predict

@@ -50,7 +50,7 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
     with StopSignals() as signals, recording(results, config.results_dir, signals):
         # Build
         began = time.perf_counter()
-        native = native_class(config, data, *channel_moments(data.x_train))
+        native = native_class(config, data, *normalization(data.moments))
         results["time"]["build_s"] = build_s = time.perf_counter() - began
         ready_s = process.age_s()
         what |= {"attention": native.attention, "num_parameters": native.num_parameters}
@@ -123,9 +123,9 @@ def train(native, config: vit.ViTConfig, data: vit.Dataset, callbacks: Sequence[
     return best, best_epoch
 
 
-def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def normalization(moments: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of every channel, in float32."""
-    mean, variance = datasets.channel_moments(images)
+    mean, variance = moments
     return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
 
 

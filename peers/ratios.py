@@ -37,10 +37,10 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import numpy as np
 
 from edgebench.cli import ExperimentError, Interrupted, is_installed, require
-from edgebench.compare import launch
-from edgebench.compare.report import markdown_table
+from edgebench.compare import items, launch
+from edgebench.compare.metrics import format_number
 from edgebench.compare.runs import NONE, Run, distinct, read_new_run
-from edgebench.compare.verdicts import format_number
+from edgebench.compare.tables import markdown_table
 
 TURNS = launch.ROOT / "peers" / "turns.py"
 SMALL = "--image-size 32 --patch-size 8 --projection-dim 32 --transformer-layers 2 --mlp-head-units 128"
@@ -179,7 +179,7 @@ class Turns:
         folder.mkdir(parents=True)
         self.side, self.folder, self.log = side, folder, folder / "logs" / "run.log"
         self.log.parent.mkdir()
-        package = launch.packages_of(side.backend)[0]
+        package = items.packages_of(side.backend)[0]
         environment = {**os.environ, "KERAS_BACKEND": package, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"} if device == "cpu" else {}
         own_flags = ["--keras-backend", package, "--device", device, "--results-dir", str(folder)]
@@ -280,7 +280,7 @@ def measure_help(out: Path) -> None:
     seconds = []
     for _ in range(HELP_RUNS):
         began = time.perf_counter()
-        subprocess.run([sys.executable, str(launch.VIT), "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, str(items.VIT), "--help"], capture_output=True, check=True)
         seconds.append(time.perf_counter() - began)
     (out / "help.json").write_text(json.dumps(seconds))
 

@@ -406,7 +406,7 @@ def load(config: vit.ViTConfig) -> vit.Dataset:
 
 
 def build(config: vit.ViTConfig, data: vit.Dataset) -> keras.Model:
-    augmentation = vit.create_data_augmentation(config.augmentation, config.image_size, data.x_train)
+    augmentation = vit.create_data_augmentation(config.augmentation, config.image_size, data.moments)
     return vit.create_vit_classifier(config, data.image_shape, data.num_classes, augmentation)
 
 

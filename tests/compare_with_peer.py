@@ -20,6 +20,7 @@ import keras
 import numpy as np
 
 import vit
+from edgebench import datasets
 from peers import experiment
 
 CONFIG = vit.ViTConfig(
@@ -28,7 +29,7 @@ CONFIG = vit.ViTConfig(
 )
 rng = np.random.default_rng(0)
 X, Y = rng.integers(0, 256, (32, 8, 8, 3)).astype("uint8"), rng.integers(0, 7, 32)
-DATA = vit.Dataset(X, Y, X[:0], Y[:0], X, Y, 7)
+DATA = vit.Dataset(X, Y, X[:0], Y[:0], X, Y, 7, datasets.channel_moments(X))
 
 
 def params_of(weights: list[np.ndarray]) -> dict:
@@ -78,7 +79,7 @@ def numpy(tensor) -> np.ndarray:
 
 def keras_model() -> keras.Model:
     model = vit.create_vit_classifier(
-        CONFIG, X.shape[1:], 7, vit.create_data_augmentation(CONFIG.augmentation, CONFIG.image_size, X)
+        CONFIG, X.shape[1:], 7, vit.create_data_augmentation(CONFIG.augmentation, CONFIG.image_size, DATA.moments)
     )
     for variable in model.trainable_weights:
         if len(variable.shape) == 1:  # biases of 0 and scales of 1 would not tell
@@ -111,7 +112,7 @@ def jax_peer(params: dict):
 
     from peers.native_jax import NativeJax, resize
 
-    native = NativeJax(CONFIG, DATA, *experiment.channel_moments(X))
+    native = NativeJax(CONFIG, DATA, *experiment.normalization(DATA.moments))
     native.set_params(jax.tree.map(jax.numpy.asarray, params))
     params, state, test = native.snapshot(), native.state["optimizer"], native.on_device(X, Y)
     images, labels = resize(native.normalized(test[0]), CONFIG.image_size), test[1]
@@ -126,7 +127,7 @@ def torch_peer(params: dict):
 
     from peers.native_torch import NativeTorch, statistics
 
-    native = NativeTorch(CONFIG, DATA, *experiment.channel_moments(X))
+    native = NativeTorch(CONFIG, DATA, *experiment.normalization(DATA.moments))
     native.set_params({name: torch.from_numpy(array) for name, array in torch_state(params).items()})
     images, labels = test = native.on_device(X, Y)
     sums = [native.evaluate(native.snapshot(), *test)]

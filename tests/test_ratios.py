@@ -8,7 +8,7 @@ from test_benchmark import BASE
 
 import vit
 from edgebench import cli
-from edgebench.compare import launch
+from edgebench.compare.items import PEERS
 from peers import ratios
 
 RATES = {  # images/s of three epochs, by row: of a, and of b
@@ -53,7 +53,7 @@ def test_every_side_is_one_that_the_programs_know():
     for suite in (ratios.CPU, ratios.GPU):
         assert len({row.name for row in suite.rows}) == len(suite.rows)
         for side in [side for row in suite.rows for side in (row.a, row.b)]:
-            assert side.backend in (*launch.BACKENDS, *launch.PEERS)
+            assert side.backend in (*cli.BACKENDS, *PEERS)
             cli.parse(vit.ViTConfig, side.flags.split())
     assert ratios.MEMORY_ROW in [row.name for row in ratios.GPU.rows]
 

@@ -18,7 +18,9 @@ MODEL = vit.ViTConfig(
 
 
 def create_model(config: vit.ViTConfig, images: np.ndarray, num_classes: int) -> keras.Model:
-    augmentation = vit.create_data_augmentation(config.augmentation, config.image_size, images)
+    augmentation = vit.create_data_augmentation(
+        config.augmentation, config.image_size, datasets.channel_moments(images)
+    )
     return vit.create_vit_classifier(config, images.shape[1:], num_classes, augmentation)
 
 
@@ -61,7 +63,7 @@ def test_a_saved_model_gives_the_same_answers_after_loading(tmp_path):
 
 def test_augmentation_acts_in_training_only():
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
-    augmentation = vit.create_data_augmentation("fused", 24, images)
+    augmentation = vit.create_data_augmentation("fused", 24, datasets.channel_moments(images))
     resized = np.asarray(augmentation(images, training=False))
     assert resized.shape == (64, 24, 24, 3)
     assert abs(resized.mean()) < 0.05 and 0.5 < resized.std() < 1.1  # normalized before

@@ -13,50 +13,34 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from edgebench.cli import BACKENDS, ExperimentError, Interrupted, is_installed, require
-from edgebench.compare.runs import failures_in, read_new_run, warn
+from edgebench.cli import ExperimentError, Interrupted, one_line, require
+from edgebench.compare.items import ROOT, VIT, Item, varied_fields
+from edgebench.compare.runs import BENCHMARK_FILE, Run, failures_in, read_benchmark, read_new_run, warn
+from edgebench.files import replacing
 
-ROOT = Path(__file__).resolve().parents[2]
-VIT = ROOT / "vit.py"
-PEERS = {  # hand-written programs for the same training, with the packages they need, that of the backend first
-    "native-jax": (ROOT / "peers" / "native_jax.py", ("jax", "optax")),
-    "native-torch": (ROOT / "peers" / "native_torch.py", ("torch",)),
-}
-RESERVED_FLAGS = ("--keras-backend", "--results-dir", "--checkpoint-path")  # _run_once sets them
 STOP_S = 10.0  # seconds that a run has to end after SIGTERM
+# vit.py checks its flags before it imports Keras, which takes seconds. With None in its place that import fails, and the
+# flags are right. So all command lines are checked in a second, before the first of many runs.
+CHECK_FLAGS = """
+import json, runpy, sys
+root, script, command_lines = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+sys.path[0], sys.modules["keras"] = root, None
+for flags in command_lines:
+    sys.argv = [script, *flags]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except ModuleNotFoundError as error:
+        if error.name != "keras":
+            raise
+"""
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser that reports wrong input in one line, without the usage."""
 
     def error(self, message: str):
-        raise ExperimentError(f"{message} (see --help)")
-
-
-def packages_of(backend: str) -> tuple[str, ...]:
-    """Return the Python packages that a backend or a peer needs, that of the backend first."""
-    return PEERS[backend][1] if backend in PEERS else (backend,)
-
-
-def choose_backends(names: Sequence[str] | None) -> list[str]:
-    """Return the named backends and peers, or by default all installed backends. Refuse any that cannot run."""
-    known = (*BACKENDS, *PEERS)
-    chosen = list(dict.fromkeys(names or filter(is_installed, BACKENDS)))
-    require(bool(chosen), f"no backend is installed: pip install one of {', '.join(BACKENDS)}")
-    for name in chosen:
-        require(name in known, f"--backends: {name!r} is none of {', '.join(known)}")
-        for package in packages_of(name):
-            require(is_installed(package), f"--backends: {package} is not installed")
-    return chosen
-
-
-def complete_flags(flags: Sequence[str]) -> list[str]:
-    """Return the user's flags for vit.py, with W&B turned off unless they mention it. Refuse reserved flags."""
-    names = [flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")]
-    for name in names:
-        require(name not in RESERVED_FLAGS, f"{name} is set by benchmark.py; use --backends and --out")
-    mentions_wandb = "--use-wandb" in names or "--no-use-wandb" in names
-    return [*flags] if mentions_wandb else [*flags, "--no-use-wandb"]
+        hint = "; flags for vit.py come after --" if message.startswith("unrecognized arguments") else ""
+        raise ExperimentError(f"{message}{hint} (see --help)")
 
 
 @contextlib.contextmanager
@@ -76,68 +60,99 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def alternating(backends: Sequence[str], repeats: int) -> list[str]:
-    """Return the order of the runs, reversed from round to round: A B, B A, A B."""
-    rounds = (backends, backends[::-1])
-    return [name for repeat in range(repeats) for name in rounds[repeat % 2]]
+def check_flags(items: Sequence[Item], flags: Sequence[str]) -> None:
+    """Raise ExperimentError for flags that vit.py refuses, before anything runs. What else may fail is left to the runs."""
+    with tempfile.TemporaryDirectory() as scratch:  # vit.py tries whether its folders can be written
+        folders = ["--results-dir", scratch, "--checkpoint-path", str(Path(scratch) / "best.weights.h5")]
+        command_lines = [[*flags, *item.command[1:], *folders, "--keras-backend", item.package] for item in items]
+        command = [sys.executable, "-c", CHECK_FLAGS, str(ROOT), str(VIT), json.dumps(command_lines)]
+        environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+        checked = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    prefix = "vit.py: error: "
+    errors = [line for line in checked.stderr.splitlines() if line.startswith(prefix)]
+    require(not errors, f"flags for vit.py: {errors[0].removeprefix(prefix)}" if errors else "")
 
 
-def run_all(backends: Sequence[str], repeats: int, flags: Sequence[str], out: Path) -> int:
-    """Run everything and return how many runs succeeded. A failure is recorded in `out`; the next run starts anyway."""
-    if "jax" in [packages_of(backend)[0] for backend in backends] and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        warn("JAX_COMPILATION_CACHE_DIR is set: JAX may load what it compiled before, and its compile time say nothing")
-    order = alternating(backends, repeats)
+def alternating(items: Sequence[Item], repeats: int) -> list[tuple[int, Item]]:
+    """Return (round, item) in the order of the runs, reversed from round to round: A B, B A, A B."""
+    rounds = (items, items[::-1])
+    return [(repeat, item) for repeat in range(repeats) for item in rounds[repeat % 2]]
+
+
+def run_all(items: Sequence[Item], repeats: int, seed: int, flags: Sequence[str], out: Path, baseline: str) -> int:
+    """Run everything and return how many runs succeeded. A failure is recorded in `out`; the next run starts anyway.
+
+    All runs of a round have the same seed, and every round another one. An item has compile caches of its own, empty at
+    first: its first run compiles, the later ones load.
+    """
+    order = alternating(items, repeats)
     succeeded = 0
-    for number, backend in enumerate(order, start=1):
-        label = f"[{number}/{len(order)}] {backend} ..."
-        print(label, flush=True)
-        known = set(out.glob("*.json"))
-        began = time.perf_counter()
-        log = out / "logs" / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{number}-{backend}.log"
-        try:
-            status = _run_once(backend, flags, out, log)
-        except Interrupted as interruption:
-            _record_failure(out, backend, f"stopped by {interruption}", log)
-            raise
-        seconds = time.perf_counter() - began
-        run = read_new_run(out, known)
-        if status or not run:
-            reason = failure_reason(status, log) if status else "ended well, but left no results file"
-            _record_failure(out, backend, reason, log)
-            print(f"{label} failed after {seconds:.0f} s: {reason}", flush=True)
-            continue
-        succeeded += 1
-        rate = run.number("time/train_images_per_s")
-        throughput = "throughput unavailable" if rate is None else f"{rate:,.1f} images/s"
-        print(f"{label} {seconds:.0f} s, {throughput}", flush=True)
+    _record_benchmark(out, items, baseline)
+    with tempfile.TemporaryDirectory(prefix="compile-caches-", dir=out, ignore_cleanup_errors=True) as caches:
+        for number, (repeat, item) in enumerate(order, start=1):
+            label = f"[{number}/{len(order)}] {item.text}, seed {seed + repeat} ..."
+            print(label, flush=True)
+            known = set(out.glob("*.json"))
+            began = time.perf_counter()
+            log = out / "logs" / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{number}-{item.backend}.log"
+            cache = Path(caches) / str(items.index(item))
+            try:
+                reason = _run_once(item, [*flags, "--seed", str(seed + repeat)], out, log, cache)
+            except Interrupted as interruption:
+                _record_failure(out, item, f"stopped by {interruption}", log)
+                raise
+            seconds = time.perf_counter() - began
+            run = read_new_run(out, known)
+            if reason or not run:
+                reason = reason or "ended well, but left no results file"
+                _record_failure(out, item, reason, log)
+                print(f"{label} failed after {seconds:.0f} s: {reason}", flush=True)
+                continue
+            succeeded += 1
+            _record_benchmark(out, items, baseline, run, item)
+            rate = run.number("time/train_images_per_s")
+            throughput = "throughput unavailable" if rate is None else f"{rate:,.1f} images/s"
+            notes = "".join(f"; {problem}" for problem in run.instabilities)
+            print(f"{label} {seconds:.0f} s, {throughput}{notes}", flush=True)
     return succeeded
 
 
-def _run_once(backend: str, flags: Sequence[str], out: Path, log: Path) -> int:
-    """Run vit.py or a peer to its end and return its exit status. Its stdout goes to `log`, its stderr beside it."""
-    log.parent.mkdir(exist_ok=True)
-    package = packages_of(backend)[0]
-    script = PEERS[backend][0] if backend in PEERS else VIT
-    with (
-        tempfile.TemporaryDirectory(prefix="checkpoint-", dir=out) as scratch,
-        log.open("wb") as stdout,
-        stderr_log(log).open("wb") as stderr,
-    ):
-        # Without a cache, compile_s is the time of a compilation, not of loading an earlier one.
-        command = [sys.executable, str(script), "--no-compile-cache", *flags, "--keras-backend", package]
-        command += ["--results-dir", str(out), "--checkpoint-path", str(Path(scratch) / "best.weights.h5")]
-        environment = {**os.environ, "KERAS_BACKEND": package}  # vit.py prefers the variable to the flag
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+def _run_once(item: Item, flags: Sequence[str], out: Path, log: Path, cache: Path) -> str:
+    """Run vit.py or a peer to its end and return why it failed, if it did. Its stdout goes to `log`, its stderr beside it."""
+    try:
+        log.parent.mkdir(exist_ok=True)
+        cache.mkdir(exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix="checkpoint-", dir=out) as scratch,
+            log.open("wb") as stdout,
+            stderr_log(log).open("wb") as stderr,
+        ):
+            command = [sys.executable, item.command[0], *flags, *item.command[1:], "--keras-backend", item.package]
+            command += ["--results-dir", str(out), "--checkpoint-path", str(Path(scratch) / "best.weights.h5")]
+            # vit.py prefers KERAS_BACKEND to the flag, and these two variables to XDG_CACHE_HOME.
+            environment = {**os.environ, "KERAS_BACKEND": item.package, "XDG_CACHE_HOME": str(cache.resolve())}
+            for variable in ("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+                environment.pop(variable, None)
+            status = _wait(
+                subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+            )
+        return failure_reason(status, log) if status else ""
+    except OSError as error:  # as on a full disk
+        return one_line(error)
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """Wait for the process and return its exit status. If it is interrupted, end the process first."""
+    try:
+        return process.wait()
+    except Interrupted:
+        process.terminate()
         try:
-            return process.wait()
-        except Interrupted:
-            process.terminate()
-            try:
-                process.wait(STOP_S)
-            except (subprocess.TimeoutExpired, Interrupted):  # it hangs, or the user has interrupted again
-                process.kill()
-                process.wait()
-            raise
+            process.wait(STOP_S)
+        except (subprocess.TimeoutExpired, Interrupted):  # it hangs, or the user has interrupted again
+            process.kill()
+            process.wait()
+        raise
 
 
 def stderr_log(log: Path) -> Path:
@@ -163,9 +178,27 @@ def failure_reason(status: int, log: Path) -> str:
     return f"killed by {name} (last line: {last})" if last else f"killed by {name}"
 
 
-def _record_failure(out: Path, backend: str, reason: str, log: Path) -> None:
+def _record_failure(out: Path, item: Item, reason: str, log: Path) -> None:
     """Add a failure to out/failures.json, which --report reads as well."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    failure = {"backend": backend, "ended": now, "reason": reason, "log": f"{log.parent.name}/{log.name}"}
-    path = out / "failures.json"
-    path.write_text(json.dumps({"failures": [*failures_in(path), failure]}, indent=1) + "\n", encoding="utf-8")
+    failure = {"backend": item.text, "ended": now, "reason": reason, "log": f"{log.parent.name}/{log.name}"}
+    _write_json(out / "failures.json", {"failures": [*failures_in(out / "failures.json"), failure]})
+
+
+def _record_benchmark(
+    out: Path, items: Sequence[Item], baseline: str, run: Run | None = None, item: Item | None = None
+) -> None:
+    """Record in out/benchmark.json what is varied, and the item that a new run belongs to, beside what is there already."""
+    known = read_benchmark(out / BENCHMARK_FILE)
+    runs = known["runs"] | ({run.path.name: item.text} if run and item else {})
+    varied = list(dict.fromkeys([*known["varied"], *varied_fields(items)]))
+    _write_json(out / BENCHMARK_FILE, {"varied": varied, "baseline": baseline, "runs": runs})
+
+
+def _write_json(path: Path, document: dict) -> None:
+    """Write a file; a full disk costs it, and not the runs that are left."""
+    try:
+        with replacing(path) as scratch:
+            scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        warn(f"{path} cannot be written ({error.strerror or error})")

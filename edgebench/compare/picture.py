@@ -5,16 +5,26 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgebench.cli import BACKENDS
-from edgebench.compare.launch import PEERS
-from edgebench.compare.runs import Run, by_backend, by_device, conditions
-from edgebench.compare.verdicts import COMPILE, ENERGY, MEMORY, TRAINING, Metric, measure
+from edgebench.compare.metrics import COMPILE_COLD, ENERGY, MEMORY, TRAINING, Metric, measure
+from edgebench.compare.runs import Run, distinct
+from edgebench.compare.sets import by_device, by_name
 
 # Okabe and Ito's colours, which people with any of the usual colour blindnesses can distinguish.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00", "#CC79A7", "#F0E442", "#000000")
+# A name has the same colour in every picture; names with varied flags take those that are left over.
+COLOURS = {
+    "JAX (compiled)": "#0072B2",
+    "torch (eager)": "#D55E00",
+    "torch (compiled)": "#E69F00",
+    "TensorFlow (graph)": "#009E73",
+    "TensorFlow (XLA)": "#F0E442",
+    "native JAX (compiled)": "#56B4E9",
+    "native torch (compiled)": "#CC79A7",
+    "native torch (eager)": "#999999",
+    "JAX (eager)": "#000000",
+}
 BARS = (
     (TRAINING, "Training, images/s (more is better)"),
-    (COMPILE, "Compile time, s"),
+    (COMPILE_COLD, "Compile time with a cold cache, s"),
     (MEMORY, "Peak memory, MiB"),
     (ENERGY, "Energy, J/training image"),
 )
@@ -27,10 +37,10 @@ def draw(path: Path, runs: Sequence[Run], baseline: str | None) -> None:
     from matplotlib.figure import Figure
 
     sets = list(itertools.chain(*by_device(runs).values()))
-    group = max(sets, key=len)
-    backends = by_backend(group, baseline)
-    # A backend has the same colour in every picture.
-    colours = dict(zip(dict.fromkeys([*BACKENDS, *PEERS, *backends]), itertools.cycle(COLOURS)))
+    group = max(sets, key=lambda runs: (len(by_name(runs, None)), len(runs)))
+    backends = by_name(group, baseline)
+    free = itertools.cycle([colour for name, colour in COLOURS.items() if name not in backends] or COLOURS.values())
+    colours = {name: COLOURS.get(name) or next(free) for name in backends}
     heights = [*[len(backends) + 1.2] * len(BARS), 5.5]
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 14), layout="constrained")
@@ -46,13 +56,13 @@ def draw(path: Path, runs: Sequence[Run], baseline: str | None) -> None:
 
 
 def _title(group: list[Run], sets: int, backends: dict[str, list[Run]]) -> str:
-    values = conditions(group[0])
     parameters = group[0].number("what/num_parameters")
     model = "unknown size" if parameters is None else f"{parameters:,.0f} parameters"
     lines = [
         *textwrap.wrap(str(group[0].device), 60),
-        f"ViT of {model}, batch {values['batch_size']}, {values['dtype_policy']}",
-        "n: " + ", ".join(f"{len(runs)} {name}" for name, runs in backends.items()),
+        f"ViT of {model}, batch {distinct(group, 'what/config/batch_size')}, {distinct(group, 'what/config/dtype_policy')}",
+        *textwrap.wrap("n: " + ", ".join(f"{len(runs)} {name}" for name, runs in backends.items()), 70),
+        "bar: median; dots: runs; whiskers: lowest to highest run",
     ]
     if sets > 1:
         lines.append(f"the largest of {sets} sets of comparable runs")
@@ -62,18 +72,19 @@ def _title(group: list[Run], sets: int, backends: dict[str, list[Run]]) -> str:
 def _draw_bars(axis, metric: Metric, backends: dict[str, list[Run]], colours: dict[str, str]) -> None:
     """Draw a bar to the median, a whisker from the least to the greatest value, and a dot per run."""
     rows = {name: measure(metric, runs) for name, runs in backends.items()}
-    labels = [f"{name}\n({figures.mark})" if figures.mark else name for name, figures in rows.items()]
+    labels = [textwrap.fill(f"{name} ({figures.mark})" if figures.mark else name, 22) for name, figures in rows.items()]
     axis.set_yticks(range(len(rows)), labels)
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the first backend on top
     axis.tick_params(axis="y", length=0)
     greatest = max((value for figures in rows.values() for value in figures.values), default=None)
-    if greatest is None:
+    if greatest is None:  # no run has a value
         _draw_unavailable(axis)
         return
     axis.set_xlim(0, 1.3 * greatest or 1)  # leaves room for the number beside the whisker
     for row, (name, figures) in enumerate(rows.items()):
-        if not figures.values:
-            axis.text(0.01, row, "unavailable", color="grey", va="center", transform=axis.get_yaxis_transform())
+        if not figures.values or (metric.is_compilation and not backends[name][0].is_compiled):
+            reason = "does not compile" if figures.values else "unavailable"
+            axis.text(0.01, row, reason, color="grey", va="center", transform=axis.get_yaxis_transform())
             continue
         low, median, high = min(figures.values), figures.median, max(figures.values)
         axis.barh(row, median, height=0.62, color=colours[name], alpha=0.45)

@@ -1,35 +1,34 @@
 """The report on a comparison, as Markdown, CSV and a picture."""
 
-import csv
 import itertools
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from edgebench.cli import ExperimentError
-from edgebench.compare import launch, picture, verdicts
-from edgebench.compare.runs import (
-    NONE,
-    NOTED,
-    NOTED_WITHIN_A_BACKEND,
-    Device,
-    Run,
-    by_backend,
-    by_device,
-    conditions,
-    differences,
-    distinct,
-    warn,
-)
+from edgebench.compare import picture
+from edgebench.compare.items import PEERS, packages_of
+from edgebench.compare.metrics import TRAINING, measure
+from edgebench.compare.runs import NONE, Device, Run, distinct, plain, warn
+from edgebench.compare.sentences import device_statement, statements
+from edgebench.compare.sets import MODEL, NOTED_PATHS, NOTED_WITHIN_A_NAME, by_device, by_name, conditions, differences
+from edgebench.compare.tables import csv_text, markdown_table, result_tables
+from edgebench.compare.verdicts import Comparison, Decisions, compare_all, compare_devices, decide_all
+from edgebench.files import replacing
 
-MODEL = ("image_size", "patch_size", "projection_dim", "num_heads", "transformer_layers", "mlp_head_units")
-MODES = {"attention": "what/attention", "jit": "what/jit_compile"}  # columns of the first table
+LISTED_SETS = 10  # sets with one name only that are listed, in a line each
 READING = f"""\
-- A cell is the median of the repeats, with their range (min–max). `{NONE}`: could not be measured.
-- A ratio is that of the medians. In brackets: the spread does not support it, because the ranges of the repeats
-  overlap or there is one run only.
-- Ranges of backends that do not differ lie apart by chance in 1 of 3 comparisons with 2 runs each, 1 of 10 with 3,
-  1 of 35 with 4 and 1 of 126 with 5.
+- A cell is the median of the runs, with their range (min–max). `{NONE}`: could not be measured, or not compared.
+- Run k of each backend has the same seed, and these are a pair. A ratio is the geometric mean of the ratios of the pairs,
+  a difference in accuracy the mean of their differences. Intervals are 95 % intervals by Student's t.
+- A difference is claimed if it is at least 2 % (0.5 points of accuracy) and p < 0.05 after Holm's correction for all
+  sentences of this report; other ratios in the tables are corrected among themselves. The interval is widened by the same
+  correction: it excludes 1 (or 0 points) exactly where the corrected p is below 0.05. In brackets: no difference is claimed.
+- "would tell": in 8 of 10 reports, if the true difference and its spread are those observed.
+- An accuracy p from N test images has an error of its own: a pair's difference has at least the variance 2 p (1 - p) / N.
+- `!`: unstable runs, whose longest epoch took over 1.5 times as long as the shortest, or on a busy or throttled machine.
+- cold: all was compiled anew. warm: compiled code was loaded from an earlier run's cache. Modes that a cache cannot serve
+  count as both. first step, first epoch: seconds from the start of the process to their end.
+- one image: through `predict_on_batch`, as a user gets it; bare: the same computation without Keras' Python around it.
 - Memory is the peak that the backend's allocator held on the device while training; `RSS`: that of the whole process
   in main memory, where the device keeps no count. Energy is that of the accelerator (of the whole module on a
   Jetson); `CPU`: that of the CPU package, where there is no other.
@@ -37,38 +36,62 @@ READING = f"""\
 
 
 def write_report(out: Path, runs: Sequence[Run], failures: Sequence[dict], baseline: str | None) -> None:
-    """Write report.md, report.csv and report.png to `out`, and the Markdown to the console."""
+    """Print the report, and write report.md, report.csv and report.png to `out`. What cannot be written stops no other."""
     report = build_report(runs, failures, baseline)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "report.md").write_text(report, encoding="utf-8")
-        if runs:
-            _write_csv(out / "report.csv", runs)
-            picture.draw(out / "report.png", runs, baseline)
-    except ModuleNotFoundError:
-        warn("report.png is not drawn: pip install matplotlib")
-    except OSError as error:
-        raise ExperimentError(f"the report cannot be written to {out} ({error.strerror or error})") from error
+    problems = []
+    writers: dict[str, Callable[[Path], object]] = {"report.md": lambda path: path.write_text(report, encoding="utf-8")}
+    if runs:
+        writers["report.csv"] = lambda path: path.write_text(csv_text(runs), encoding="utf-8", newline="")
+        writers["report.png"] = lambda path: picture.draw(path, runs, baseline)
+    for name, write in writers.items():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with replacing(out / name) as scratch:
+                write(scratch)
+        except ModuleNotFoundError:
+            warn(f"{name} is not drawn: pip install matplotlib")
+        except OSError as error:
+            problems.append(f"{name} cannot be written to {out} ({error.strerror or error})")
+        except Exception as error:
+            if name != "report.png":
+                raise
+            warn(f"{name} cannot be drawn ({type(error).__name__}: {error})")
     print("\n" + report)
-    print("written: " + ", ".join(str(path) for path in sorted(out.glob("report.*"))))
+    print("written: " + ", ".join(str(path) for path in sorted(out.glob("report.*"))), flush=True)
+    if problems:
+        raise ExperimentError("; ".join(problems))
 
 
 def build_report(runs: Sequence[Run], failures: Sequence[dict], baseline: str | None = None) -> str:
-    """Return the whole report as Markdown."""
-    parts = ["# Keras backends compared"]
+    """Return the whole report as Markdown. All its differences are decided together."""
     devices = by_device(runs)
+    compared = {
+        (device, index): compare_all(by_name(group, baseline))
+        for device, sets in devices.items()
+        for index, group in enumerate(sets)
+    }
+    across = _across_devices(devices)
+    decisions = decide_all(itertools.chain(*compared.values(), [each for _, each in across]))
+    parts = ["# Keras backends compared"]
     for device, sets in devices.items():
         parts.append(f"## {device}")
-        for index in range(len(sets)):
-            parts += _set_report(sets, index, baseline)
+        shown = sum(len(by_name(group, None)) > 1 for group in sets) or 1
+        for index in range(shown):
+            parts += _set_report(sets, index, baseline, compared[device, index], decisions)
+        parts += _other_sets(sets, shown)
     if len(devices) > 1:
-        parts += ["## Across devices", *_across_devices(devices)]
+        sentences = [device_statement(name, each, decisions.get(each)) for name, each in across]
+        parts += ["## Across devices", _device_table(devices)]
+        parts.append(_bullets(sentences) or "No backend has run on two of them under the same conditions.")
     if runs:
         parts += ["## How to read this", READING]
     else:
         parts.append("No run has finished: there is nothing to compare.")
     if failures:
-        lines = [f"{run.get('backend')}: {run.get('reason')} (log: {run.get('log')})" for run in failures]
+        lines = [
+            "{}: {} (log: {})".format(*(plain(run.get(key)) for key in ("backend", "reason", "log")))
+            for run in failures
+        ]
         parts += ["## Runs that failed", _bullets(lines)]
     return "\n\n".join(parts) + "\n"
 
@@ -77,138 +100,125 @@ def _bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _set_report(sets: list[list[Run]], index: int, baseline: str | None) -> list[str]:
+def _set_report(
+    sets: list[list[Run]], index: int, baseline: str | None, comparisons: Sequence[Comparison], decisions: Decisions
+) -> list[str]:
     """Report on one set of comparable runs: where its numbers come from, what was found, and the tables."""
-    group = sets[index]
-    backends = by_backend(group, baseline)
-    parts = []
-    if len(sets) > 1:
-        parts.append(f"### Set {index + 1} of {len(sets)}: {', '.join(backends)}")
-    for number, other in enumerate(sets[:index], start=1):
-        names = ", ".join(by_backend(other, baseline))
-        parts.append(f"Not compared with {names} (set {number}): {differences(group[0], other[0])}.")
-    parts.append(_bullets([*_provenance(group, backends), *_notes(group, backends)]))
-    parts += ["**What was found**", _bullets(verdicts.statements(backends))]
-    parts += [_table(backends, verdicts.SPEED, MODES), _table(backends, verdicts.COSTS_AND_QUALITY, {})]
-    return parts
+    names = by_name(sets[index], baseline)
+    parts = [f"### Set {index + 1} of {len(sets)}: {', '.join(names)}"] if len(sets) > 1 else []
+    if index:
+        parts.append(f"Not compared with set 1: {differences(sets[index][0], sets[0][0])}.")
+    parts.append(_bullets([*_provenance(sets[index], names), *_notes(sets[index], names)]))
+    parts += ["**What was found**", _bullets(statements(names, comparisons, decisions))]
+    return [*parts, *result_tables(names, comparisons, decisions)]
 
 
-def _provenance(group: list[Run], backends: dict[str, list[Run]]) -> list[str]:
+def _other_sets(sets: list[list[Run]], shown: int) -> list[str]:
+    """List the sets with nothing to compare within: their training, and why they are not compared with the first set."""
+    if not (others := sets[shown:]):
+        return []
+    lines = []
+    for group in others[:LISTED_SETS]:
+        rate = f"{TRAINING.title} {measure(TRAINING, group).cell()} {TRAINING.unit}, n = {len(group)}"
+        first = ", ".join(by_name(sets[0], None))
+        lines.append(
+            f"{group[0].name}: {rate}. Not compared with {first} (set 1): {differences(group[0], sets[0][0])}."
+        )
+    if len(others) > LISTED_SETS:
+        lines.append(f"and {len(others) - LISTED_SETS} more, in report.csv")
+    return ["**Configurations that one backend only has run**", _bullets(lines)]
+
+
+def _provenance(group: list[Run], names: Mapping[str, list[Run]]) -> list[str]:
     """List what a reader should know about the runs before trusting their numbers."""
     run = group[0]
 
     def value(path: str) -> str:
-        return run.text(f"what/{path}")
+        return distinct(group, f"what/{path}")
 
     def count(path: str) -> str:
         number = run.number(f"what/{path}")
         return NONE if number is None else f"{number:,.0f}"
 
-    common = ("Python", "Keras", "CUDA")
-    software = [f"{name} {distinct(_with(name, group), f'what/versions/{name}')}" for name in common]
-    for name, runs in backends.items():
-        software.append(f"{name} {distinct(runs, f'what/versions/{launch.packages_of(name)[0]}')}")
-    tf32 = f", TF32 {value('tf32')}" if run.get("what/is_gpu") else ""
+    software = [
+        f"{name} {distinct(_with(name, group), f'what/versions/{name}')}" for name in ("Python", "Keras", "CUDA")
+    ]
+    packages = dict.fromkeys(packages_of(each.backend)[0] for each in group)
+    for package in packages:
+        users = [each for each in group if packages_of(each.backend)[0] == package]
+        software.append(f"{plain(package)} {distinct(users, f'what/versions/{package}')}")
+    tf32 = f", TF32 {value('config/tf32')}" if run.get("what/is_gpu") else ""
     model = ", ".join(f"{name} {value(f'config/{name}')}" for name in MODEL)
     images = ", ".join(f"{count(f'images/{part}')} {part}" for part in ("train", "validation", "test"))
-    counts = ", ".join(f"{len(runs)} {name}" for name, runs in backends.items())
-    dates = sorted({run.text("what/started") for run in group})
+    counts = ", ".join(f"{len(runs)} {name}" for name, runs in names.items())
+    dates = sorted({each.text("what/started") for each in group})
     period = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    datasets = ", ".join(dict.fromkeys(Path(each.text("what/config/dataset")).name for each in group))
     return [
-        f"Device: {run.device.name}; node {run.device.node}; power mode {run.device.power_mode}",
+        f"Device: {run.device.name}; node {run.device.node}; power mode {run.device.power_mode}; "
+        f"CPU cores {distinct(group, 'load/cores')}",
         f"Software: {', '.join(software)}",
-        f"Number format: {value('dtype_policy')}{tf32}",
+        f"Number format: {value('config/dtype_policy')}{tf32}",
         f"Model: {count('num_parameters')} parameters; {model}",
-        f"Data: {conditions(run)['dataset']}; images: {images}; shape {value('image_shape')}, "
-        f"{value('num_classes')} classes",
+        f"Data: {datasets}; images: {images}; shape {value('image_shape')}, {value('num_classes')} classes",
         f"Training: batch {value('config/batch_size')}, {value('config/num_epochs')} epochs, learning rate "
         f"{value('config/learning_rate')}, weight decay {value('config/weight_decay')}, augmentation "
-        f"{value('augmentation')}, seed {distinct(group, 'what/config/seed')}",
-        f"Code: {', '.join(dict.fromkeys(run.commit for run in group))}",
+        f"{value('config/augmentation')}, seeds {value('config/seed')}",
+        f"Code: {', '.join(dict.fromkeys(each.commit for each in group))}",
         f"Runs: {len(group)} ({counts}), {period}",
     ]
 
 
 def _with(software: str, runs: Sequence[Run]) -> list[Run]:
     """Return the runs that have a version of `software`: peers have none of Keras."""
-    return [run for run in runs if software != "Keras" or run.backend not in launch.PEERS]
+    return [run for run in runs if software != "Keras" or run.backend not in PEERS]
 
 
-def _notes(group: list[Run], backends: dict[str, list[Run]]) -> list[str]:
-    """List what differs between runs that are compared nevertheless."""
+def _notes(group: list[Run], names: Mapping[str, list[Run]]) -> list[str]:
+    """List what differs between runs that are compared nevertheless, and the runs that are unstable."""
     notes = []
-    for path in NOTED:
-        name = path.rpartition("/")[2]
-        if len({run.text(f"what/{path}") for run in _with(name, group)}) > 1:
-            values = [f"{backend} {distinct(runs, f'what/{path}')}" for backend, runs in backends.items()]
-            notes.append(f"Note: the runs differ in {name}: {'; '.join(values)}")
-    for backend, runs in backends.items():
-        for path in (*NOTED_WITHIN_A_BACKEND, f"versions/{launch.packages_of(backend)[0]}"):
-            if len({run.text(f"what/{path}") for run in runs}) > 1:
-                name, values = path.rpartition("/")[2], distinct(runs, f"what/{path}")
-                notes.append(f"Note: runs of {backend} are put together that differ in {name}: {values}")
+    for path in NOTED_PATHS:
+        field = path.rpartition("/")[2]
+        if len({run.text(path) for run in _with(field, group)}) > 1:
+            values = [f"{name} {distinct(runs, path)}" for name, runs in names.items()]
+            notes.append(f"Note: the runs differ in {field}: {'; '.join(values)}")
+    for name, runs in names.items():
+        for path in (*NOTED_WITHIN_A_NAME, f"what/versions/{packages_of(runs[0].backend)[0]}"):
+            if len({run.text(path) for run in runs}) > 1:
+                notes.append(
+                    f"Note: runs of {name} are put together that differ in {plain(path[5:])}: {distinct(runs, path)}"
+                )
+        if failure := {run.text("what/jit_failure") for run in runs} - {NONE}:
+            notes.append(f"Note: {name} was asked to compile and could not: {'; '.join(sorted(failure))}")
+        for run in runs:
+            if run.instabilities:
+                reasons = "; ".join(run.instabilities)
+                notes.append(f"Unstable (!): {plain(run.path.name)}, {name}, seed {run.seed}: {reasons}")
     return notes
 
 
-def _table(backends: dict[str, list[Run]], metrics: Sequence[verdicts.Metric], modes: dict[str, str]) -> str:
-    """Return a table with a row per backend and a row of ratios for each backend but the first."""
-    rows = [["backend", "n", *modes, *(metric.heading for metric in metrics)]]
-    measured = {name: [verdicts.measure(metric, runs) for metric in metrics] for name, runs in backends.items()}
-    for name, runs in backends.items():
-        mode = [distinct(runs, path) for path in modes.values()]
-        rows.append([name, str(len(runs)), *mode, *(figures.cell() for figures in measured[name])])
-    base, *others = backends
-    test_images = backends[base][0].number("what/images/test")
-    for name in others:
-        pairs = zip(measured[name], measured[base], strict=True)
-        ratios = [verdicts.judge(a, b, test_images).cell() for a, b in pairs]
-        rows.append([f"{name} / {base}", "", *("" for _ in modes), *ratios])
+def _across_devices(devices: dict[Device, list[list[Run]]]) -> list[tuple[str, Comparison]]:
+    """Compare each name on any two devices, under the conditions that both have run it in."""
+    groups = [runs for group in itertools.chain(*devices.values()) for runs in by_name(group, None).values()]
+    by_conditions: dict[tuple, list[list[Run]]] = {}
+    for runs in groups:
+        by_conditions.setdefault((runs[0].name, *conditions(runs[0]).items()), []).append(runs)
+    alike = [pair for each in by_conditions.values() for pair in itertools.combinations(each, 2)]
+    return [(a[0].name, compare_devices(a, b)) for a, b in alike if a[0].device != b[0].device]
+
+
+def _device_table(devices: dict[Device, list[list[Run]]]) -> str:
+    """Return a table of the training throughput on every device, in the sets of each that have the most names."""
+    rows = [["device", "backend", "n", "number format", "batch", TRAINING.heading]]
+    for group in itertools.chain(*(sets[:LISTED_SETS] for sets in devices.values())):
+        for name, runs in by_name(group, None).items():
+            tf32 = "+tf32" if runs[0].get("what/is_gpu") and runs[0].get("what/config/tf32") else ""
+            number_format = distinct(runs, "what/config/dtype_policy") + tf32
+            cells = [
+                str(len(runs)),
+                number_format,
+                distinct(runs, "what/config/batch_size"),
+                measure(TRAINING, runs).cell(),
+            ]
+            rows.append([str(runs[0].device), name, *cells])
     return markdown_table(rows)
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """Return a Markdown table, header first, whose columns line up on a console as well."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
-
-
-def _across_devices(devices: dict[Device, list[list[Run]]]) -> list[str]:
-    """Return a table of the training throughput on every device, and sentences on a backend that ran on several."""
-    rows = [["device", "backend", "n", "number format", "batch", verdicts.TRAINING.heading]]
-    compared: list[list[Run]] = []  # the runs of one backend in one set
-    for group in itertools.chain(*devices.values()):
-        compared += by_backend(group, None).values()
-    for runs in compared:
-        values = conditions(runs[0])
-        number_format = values["dtype_policy"] + ("+tf32" if values["tf32"] == "on" else "")
-        cells = [str(len(runs)), number_format, values["batch_size"], verdicts.measure(verdicts.TRAINING, runs).cell()]
-        rows.append([str(runs[0].device), runs[0].backend, *cells])
-    sentences = [
-        verdicts.across_devices(a, b)
-        for a, b in itertools.combinations(compared, 2)
-        if a[0].backend == b[0].backend and a[0].device != b[0].device
-    ]
-    return [markdown_table(rows), _bullets(sentences) or "No backend has run on two of them."]
-
-
-def _write_csv(path: Path, runs: Sequence[Run]) -> None:
-    """Write a row per run. Columns are the paths into the results file; a list is written as JSON, null as nothing."""
-    rows = [{"file": run.path.name, **_flatten(run.document)} for run in runs]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _flatten(section: dict, prefix: str = "") -> dict[str, object]:
-    cells: dict[str, object] = {}
-    for name, value in section.items():
-        if isinstance(value, dict):
-            cells |= _flatten(value, f"{prefix}{name}/")
-        else:
-            cells[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, list) else value
-    return cells

@@ -1,33 +1,34 @@
-"""The results of runs, read from their files and sorted into sets that may be compared."""
+"""The results of runs, read from their files; and what a run is called in a report."""
 
 import json
 import math
+import re
 import sys
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-SCHEMA_VERSION = 2
+from edgebench.schema import SCHEMA_VERSION
+
 NONE = "–"  # stands for a value that could not be measured; such a value is never a 0
 UNREADABLE = (OSError, ValueError, RecursionError)  # what reading a broken JSON file may raise
-# Runs are compared only if these agree. `attention` and `jit_compile` are not among them: they are the backend's
-# choice, hence part of what is compared.
-MUST_AGREE = (
-    *("dtype_policy", "augmentation", "image_shape", "num_classes", "num_parameters"),
-    *("images/train", "images/validation", "images/test", "config/validation_split"),
-    *("config/image_size", "config/patch_size", "config/projection_dim", "config/num_heads"),
-    *("config/transformer_layers", "config/transformer_units", "config/mlp_head_units"),
-    *("config/batch_size", "micro_batches", "config/num_epochs", "config/learning_rate", "config/weight_decay"),
-)
-# These may differ, and the report notes it.
-NOTED = ("git_commit", "git_dirty", "versions/Python", "versions/Keras", "versions/CUDA", "config/measure_seconds")
-NOTED_WITHIN_A_BACKEND = ("attention", "jit_compile", "config/use_wandb")
+BENCHMARK_FILE = "benchmark.json"  # beside the results: what benchmark.py varied, and which run belongs to which item
+UNSTABLE_SPREAD = 1.5  # the longest epoch over the shortest, from which a run is called unstable
+TITLES = {"jax": "JAX", "tensorflow": "TensorFlow", "native-jax": "native JAX", "native-torch": "native torch"}
+# What Markdown would take as markup. `_` within a word and `[` without a link after it mean nothing to it.
+MARKUP = re.compile(r"[\\`*<>]|~~|](?=[(\[])|(?<!\w)_|_(?!\w)")
 
 
 def warn(message: str) -> None:
     """Print a warning as one line on stderr."""
-    print(f"benchmark.py: warning: {message}", file=sys.stderr)
+    print(f"benchmark.py: warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def plain(value: object) -> str:
+    """Return text from a file as one line that Markdown and a console show as it is written."""
+    text = "".join(character if character.isprintable() else " " for character in str(value))
+    return MARKUP.sub(lambda match: "\\" + match[0], " ".join(text.split()))
 
 
 class Device(NamedTuple):
@@ -48,6 +49,7 @@ class Run:
 
     path: Path
     document: dict
+    varied: tuple[str, ...] = ()  # flags that benchmark.py varied between its backends, which the name then shows
 
     def get(self, path: str):
         """Return the value at `path`, or None if it is null or absent."""
@@ -59,19 +61,39 @@ class Run:
     def number(self, path: str) -> float | None:
         """Return the value at `path` if it is a finite number, else None."""
         value = self.get(path)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return value if is_number and math.isfinite(value) else None
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return None
+        try:
+            return value if math.isfinite(value) else None
+        except OverflowError:  # an integer beyond any float
+            return None
 
     def text(self, path: str) -> str:
         """Return the value at `path` as the report shows it."""
         value = self.get(path)
         if isinstance(value, bool):
             return "on" if value else "off"
-        return NONE if value is None else str(value)
+        return NONE if value is None else plain(value)
 
     @property
     def backend(self) -> str:
         return self.document["what"]["backend"]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the step was compiled. torch that was asked to compile and could not has run eagerly."""
+        return self.get("what/jit_compile") is True and not self.get("what/jit_failure")
+
+    @property
+    def name(self) -> str:
+        """The backend with its mode and the flags that were varied: "JAX (compiled, dtype_policy mixed_bfloat16)"."""
+        modes = ("graph", "XLA") if self.backend == "tensorflow" else ("eager", "compiled")
+        flags = [f"{field} {self.text(f'what/config/{field}')}" for field in self.varied]
+        return f"{title(self.backend)} ({', '.join([modes[self.is_compiled], *flags])})"
+
+    @property
+    def seed(self) -> str:
+        return self.text("what/config/seed")
 
     @property
     def device(self) -> Device:
@@ -84,13 +106,36 @@ class Run:
         changes = " with uncommitted changes" if self.get("what/git_dirty") else ""
         return f"commit {'unknown' if commit == NONE else commit}{changes}"
 
+    @property
+    def instabilities(self) -> list[str]:
+        """Why the speed of this run is not to be trusted; empty for a steady run on a quiet machine."""
+        spread = self.number("time/epoch_spread")
+        reasons = []
+        if spread is not None and spread > UNSTABLE_SPREAD:
+            reasons.append(f"its longest epoch took {spread:.2f}× as long as its shortest")
+        problems = self.get("load/problems")
+        return [*reasons, *map(plain, problems if isinstance(problems, list) else [])]
+
+    def reason_for_missing(self, path: str) -> str:
+        """Say why there is no value at `path`, in the words of the run itself; empty if it does not say."""
+        reasons = self.get("missing")
+        parts = path.split("/")
+        names = ["/".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        known = [reasons[name] for name in names if isinstance(reasons, dict) and name in reasons]
+        return plain(known[0]) if known else ""
+
+
+def title(backend: str) -> str:
+    """Return a backend as people write it."""
+    return TITLES.get(backend) or plain(backend)
+
 
 def distinct(runs: Iterable[Run], path: str) -> str:
     """Return the values at `path` in all `runs`, each once, separated by commas."""
     return ", ".join(dict.fromkeys(run.text(path) for run in runs))
 
 
-def read_results(folders: Iterable[Path]) -> list[Run]:
+def read_results(folders: Sequence[Path]) -> list[Run]:
     """Read every complete run below `folders`, oldest first. Warn about results that do not count."""
     runs: dict[str, Run] = {}  # by the text of their files
     for path in _files(folders, "*.json"):
@@ -112,16 +157,33 @@ def read_results(folders: Iterable[Path]) -> list[Run]:
             warn(f"{path} is a copy of {runs[text].path} and counts once")
         else:
             runs[text] = Run(path, document)
-    return sorted(runs.values(), key=lambda run: (run.text("what/started"), run.path))
+    benchmarks = read_benchmarks(folders)
+    varied = tuple(dict.fromkeys(field for benchmark in benchmarks for field in benchmark["varied"]))
+    complete = [replace(run, varied=varied) for run in runs.values()]
+    return sorted(complete, key=lambda run: (run.text("what/started"), run.path))
 
 
 def read_new_run(folder: Path, known: Container[Path] = ()) -> Run | None:
     """Read the first results file in `folder` that is not among the `known` files; return None if there is none."""
     for path in sorted(folder.glob("*.json")):
-        document = _read_object(path)
+        document = read_object(path)
         if path not in known and isinstance(document.get("what"), dict):
             return Run(path, document)
     return None
+
+
+def read_benchmarks(folders: Iterable[Path]) -> list[dict]:
+    """Read every benchmark.json below `folders`."""
+    return [read_benchmark(path) for path in _files(folders, BENCHMARK_FILE)]
+
+
+def read_benchmark(path: Path) -> dict:
+    """Read a benchmark.json: the flags `varied`, the item of --backends of each file in `runs`, and the `baseline`."""
+    document = read_object(path)
+    varied, runs, baseline = (document.get(name) for name in ("varied", "runs", "baseline"))
+    fields = [field for field in varied if isinstance(field, str)] if isinstance(varied, list) else []
+    items = {str(file): str(item) for file, item in runs.items()} if isinstance(runs, dict) else {}
+    return {"varied": fields, "runs": items, "baseline": baseline if isinstance(baseline, str) else None}
 
 
 def read_failures(folders: Iterable[Path]) -> list[dict]:
@@ -131,15 +193,11 @@ def read_failures(folders: Iterable[Path]) -> list[dict]:
 
 def failures_in(path: Path) -> list[dict]:
     """Read the failed runs from one failures.json; none if it is absent or broken."""
-    failures = _read_object(path).get("failures")
-    return [failure for failure in failures or [] if isinstance(failure, dict)]
+    failures = read_object(path).get("failures")
+    return [failure for failure in failures if isinstance(failure, dict)] if isinstance(failures, list) else []
 
 
-def _files(folders: Iterable[Path], pattern: str) -> list[Path]:
-    return sorted({path.resolve() for folder in folders for path in folder.rglob(pattern)})
-
-
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     """Return the JSON object in a file; empty if there is none or the file cannot be read."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -148,35 +206,5 @@ def _read_object(path: Path) -> dict:
     return document if isinstance(document, dict) else {}
 
 
-def conditions(run: Run) -> dict[str, str]:
-    """Return everything that has to agree, by name.
-
-    A data file counts by its name, because its folder differs between devices. TF32 counts on GPUs only: a CPU
-    multiplies float32 in full precision, as a GPU does without TF32.
-    """
-    values = {path.removeprefix("config/"): run.text(f"what/{path}") for path in MUST_AGREE}
-    values["dataset"] = Path(run.text("what/config/dataset")).name
-    values["tf32"] = run.text("what/tf32") if run.get("what/is_gpu") else "off"
-    return values
-
-
-def differences(a: Run, b: Run) -> str:
-    """Say what forbids a comparison, as in "batch_size 64 against 32"; empty if nothing does."""
-    a_values, b_values = conditions(a), conditions(b)
-    names = [name for name in a_values if a_values[name] != b_values[name]]
-    return ", ".join(f"{name} {a_values[name]} against {b_values[name]}" for name in names)
-
-
-def by_device(runs: Sequence[Run]) -> dict[Device, list[list[Run]]]:
-    """Sort the runs of each device into sets of comparable runs, the largest set first."""
-    devices: dict[Device, dict[tuple, list[Run]]] = {}
-    for run in runs:
-        sets = devices.setdefault(run.device, {})
-        sets.setdefault(tuple(conditions(run).items()), []).append(run)
-    return {device: sorted(devices[device].values(), key=len, reverse=True) for device in sorted(devices)}
-
-
-def by_backend(runs: Sequence[Run], baseline: str | None) -> dict[str, list[Run]]:
-    """Sort the runs by backend: the baseline first, if it has runs, then by name."""
-    names = sorted({run.backend for run in runs}, key=lambda name: (name != baseline, name))
-    return {name: [run for run in runs if run.backend == name] for name in names}
+def _files(folders: Iterable[Path], pattern: str) -> list[Path]:
+    return sorted({path.resolve() for folder in folders for path in folder.rglob(pattern)})
