@@ -17,11 +17,11 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import INSTALLED, TENSORFLOW_SLOW, TINY, Run, finish, only_results, wait_for_line
+from conftest import INSTALLED, TINY, Run, finish, only_results, wait_for_line
 from test_wandb import records
 
 import vit
-from edgebench import cli, energy, resume, timing
+from edgebench import cli, energy, load, resume, timing
 
 SMALL = f"--dataset synthetic {TINY} --checkpoint-path a.weights.h5"
 
@@ -81,7 +81,8 @@ def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, sta
     assert not list(tmp_path.glob(".*.h5")) and not list(tmp_path.glob(".*.npz"))
 
 
-@pytest.mark.parametrize("backend", TENSORFLOW_SLOW)
+# Of the others, test_measuring.py resumes a run in `make test`, which is interrupted rather than killed.
+@pytest.mark.parametrize("backend", [n if n == "jax" else pytest.param(n, marks=pytest.mark.slow) for n in INSTALLED])
 def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vit, run_vit, tmp_path):
     """SIGKILL after two epochs: the same weights bit for bit, the same history, the same test figures.
 
@@ -138,7 +139,7 @@ def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_lin
     model.compile("adam", "mse")
     epochs = [timing.Epoch({"loss": 1.0}, train_s=1.0, end_s=2.0)]
     log, best = timing.EpochLog(timing.EpochTimer([]), epochs), vit.BestWeights(tmp_path / "a.weights.h5", 1, 0.0)
-    writer = resume.ResumeFile(path, identity, resume.Progress(), log, best, energy.NOT_MEASURED)
+    writer = resume.ResumeFile(path, identity, resume.Progress(), log, best, energy.NOT_MEASURED, load.LoadMeter())
     writer.set_model(model)
     writer.on_epoch_end(0)
     kept = model.get_weights()

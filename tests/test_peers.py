@@ -43,7 +43,7 @@ def run_peer(backend: str, *flags: str, cwd) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("backend", PEERS[:1] + [pytest.param(name, marks=pytest.mark.slow) for name in PEERS[1:]])
 def test_a_peer_learns_and_leaves_the_results_that_vit_leaves(backend, digits, tmp_path):
     """Real digits, in half precision with a scaled loss, eagerly on torch: an accuracy far from chance, and every figure."""
-    flags = ["--dataset", str(digits), "--num-epochs", "5", "--learning-rate", "0.003", "--measure-seconds", "30"]
+    flags = ["--dataset", str(digits), "--num-epochs", "5", "--learning-rate", "0.003", "--measure-seconds", "4"]
     flags += ["--dtype-policy", "mixed_float16", "--jit", "off"]
     done = run_peer(backend, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -54,7 +54,8 @@ def test_a_peer_learns_and_leaves_the_results_that_vit_leaves(backend, digits, t
     assert quality["epochs"][-1]["loss"] < 0.8 * quality["epochs"][0]["loss"]
     accuracies = [epoch["val_accuracy"] for epoch in quality["epochs"]]
     assert quality["best_epoch"] == 1 + accuracies.index(max(accuracies))
-    assert times["step_ms"]["n"] == times["latency_ms"]["n"] == 100 and len(times["epoch_s"]) == 5
+    assert times["step_ms"]["n"] >= 10 and times["latency_ms"]["p50"] > 0 and len(times["epoch_s"]) == 5
+    assert times["bare_latency_ms"] is None and "peer" in results["missing"]["time/bare_latency_ms"]
     assert results["what"]["backend"] == f"native-{backend}" and (tmp_path / "a.weights.h5").stat().st_size > 10**5
 
 
