@@ -50,21 +50,20 @@ def is_enough(seconds: Sequence[float], budget_s: float) -> bool:
     return len(seconds) >= WARM_UP + ENOUGH or spent_s > (budget_s / 4 if carries_p90 else budget_s)
 
 
-def percentiles(path: str, seconds: Sequence[float]) -> Sections:
+def percentiles(path: str, seconds: Sequence[float], budget_s: float) -> Sections:
     """The section of the figure at `path`, as in `time/step_ms`: percentiles in milliseconds, and the 95 % interval of p99.
 
     A percentile is None where there are too few calls for it. WARM_UP calls are left out, or a fifth where there are few.
     """
     ms = 1e3 * np.sort(seconds[min(WARM_UP, len(seconds) // 5) :])
-    n, spent_s = len(ms), sum(seconds)
+    n = len(ms)
     figures: dict[str, float | int | None] = {name: None for name in (*NEEDED, "p99_low", "p99_high")}
     missing = {}
     for name, needed in NEEDED.items():
         if n >= needed:
             figures[name] = float(np.percentile(ms, int(name[1:])))
         else:
-            reason = f"fewer than {needed} calls in {spent_s:.3g} s; raise --measure-seconds"
-            missing[f"{path}/{name}"] = reason
+            missing[f"{path}/{name}"] = f"fewer than {needed} calls with --measure-seconds {budget_s:g}; raise it"
     if figures["p99"] is not None:  # the ranks of a binomial's 95 %, by its normal approximation
         middle, margin = 0.99 * n, Z_95 * math.sqrt(n * 0.99 * 0.01)
         figures["p99_low"] = float(ms[math.floor(middle - margin) - 1])
@@ -109,21 +108,21 @@ def inference(predict: Callable, images: np.ndarray, batch_size: int, budget_s: 
     first_batch_s, batch_s = _repeat(predict, batch, budget_s / 4)
     rate = {"time": {"inference_images_per_s": len(batch) / statistics.median(batch_s)}}
     compile_s = {"predict_one": compiling(first_one_s, one_s), "predict_batch": compiling(first_batch_s, batch_s)}
-    return merge(percentiles("time/latency_ms", one_s), rate, {"compile_s": compile_s})
+    return merge(percentiles("time/latency_ms", one_s, budget_s), rate, {"compile_s": compile_s})
 
 
 def bare_latency(predict: Callable | None, why_not: str, images: np.ndarray, budget_s: float) -> Sections:
     """Latency of one image with `predict`, which has no Keras around it; where there is no such function, `why_not` says why."""
     if predict is None:
         return {"time": {"bare_latency_ms": None}, "missing": {"time/bare_latency_ms": why_not}}
-    return percentiles("time/bare_latency_ms", _repeat(predict, images[:1], budget_s)[1])
+    return percentiles("time/bare_latency_ms", _repeat(predict, images[:1], budget_s)[1], budget_s)
 
 
-def step_sections(seconds: Sequence[float]) -> Sections:
+def step_sections(seconds: Sequence[float], budget_s: float) -> Sections:
     """The sections of a training step, of which the first compiles."""
     first_s, *steady_s = seconds
     first = {"time": {"first_step_s": first_s}, "compile_s": {"train_step": compiling(first_s, steady_s)}}
-    return merge(percentiles("time/step_ms", steady_s), first)
+    return merge(percentiles("time/step_ms", steady_s, budget_s), first)
 
 
 def steps(
@@ -153,7 +152,7 @@ def steps(
     if rest := len(x) % batch_size:
         partial_s = compiling(timed(fit, rest)[1], [timed(fit, rest)[1]])
     assign_copies(variables, before)
-    return merge(step_sections(timer.seconds), {"compile_s": {"partial_batch": partial_s}})
+    return merge(step_sections(timer.seconds, budget_s), {"compile_s": {"partial_batch": partial_s}})
 
 
 def compiling_evaluation(evaluate: Callable, x: np.ndarray, y: np.ndarray, batch_size: int) -> Sections:

@@ -70,13 +70,17 @@ def training_sections(
         "model_flops_utilization": rate * what["train_flops_per_image"] / peak if rate and peak else None,
     }
     missing = {} if counted else {"time/train_images_per_s": "no epoch is complete but those that compile"}
+    energy = energy_figures(meters, images, counted)
+    for part, figures in energy.items():
+        if figures["joules_per_image"] is None:
+            missing[f"energy/{part}/joules_per_image"] = figures["source"].removeprefix(UNAVAILABLE)
     load, load_missing = load_meter.figures(counted, backend_threads())
     for problem in load["problems"]:
         warn(problem)
     return {
         "time": time_figures,
         "load": load,
-        "energy": energy_figures(meters, images, counted),
+        "energy": energy,
         "quality": {"epochs": [epoch.logs for epoch in epochs], "epoch_end_s": [epoch.end_s for epoch in epochs]},
         "missing": missing | load_missing,
     }

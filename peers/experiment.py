@@ -166,7 +166,7 @@ def measure_native(
 
     evaluating = measure.compiling_evaluation(evaluate, data.x_test, data.y_test, size)
     no_bare_call = measure.bare_latency(None, "there is no Keras around the peer's own call", data.x_test, budget_s)
-    parts = measure.step_sections(seconds), {"compile_s": {"partial_batch": partial_s}}, evaluating
+    parts = measure.step_sections(seconds, budget_s), {"compile_s": {"partial_batch": partial_s}}, evaluating
     return measure.merge(predicting, memory, joules, no_bare_call, *parts)
 
 
