@@ -631,7 +631,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 sections = measure.before_training(model, *arrays, images, parts, budget_s, meters)
                 measured = measure.finish(sections, build_s, ready_s)
             else:
-                compiling_epochs.append(first_epoch)
+                compiling_epochs.append(first_epoch)  # nothing is compiled before it
 
             # Train
             load_meter = LoadMeter(machine.is_gpu, machine.gpu_id, progress.load_spans, first_epoch)
@@ -667,9 +667,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 for section, figures in measure.merge(measured, training, waiting).items():
                     results[section] = results.get(section, {}) | figures
                 results["memory"]["train_peak_device_bytes"] = device.find_device().peak_memory_bytes
-                results["what"] |= how_it_runs(
-                    model, config, cache
-                )  # torch compiles, and may fail to, in its first step
+                results["what"] |= how_it_runs(model, config, cache)  # torch compiles, or fails to, in its first step
                 results["what"]["resumed_after_epochs"] = progress.resumed_after_epochs
 
             # Evaluate and record
