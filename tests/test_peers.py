@@ -40,7 +40,8 @@ def run_peer(backend: str, *flags: str, cwd) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("backend", PEERS[:1] + [pytest.param(name, marks=pytest.mark.slow) for name in PEERS[1:]])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", PEERS)
 def test_a_peer_learns_and_leaves_the_results_that_vit_leaves(backend, digits, tmp_path):
     """Real digits, in half precision with a scaled loss, eagerly on torch: an accuracy far from chance, and every figure."""
     flags = ["--dataset", str(digits), "--num-epochs", "5", "--learning-rate", "0.003", "--measure-seconds", "4"]
