@@ -81,7 +81,6 @@ def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, sta
     assert not list(tmp_path.glob(".*.h5")) and not list(tmp_path.glob(".*.npz"))
 
 
-# Of the others, test_measuring.py resumes a run in `make test`, which is interrupted rather than killed.
 @pytest.mark.parametrize("backend", [n if n == "jax" else pytest.param(n, marks=pytest.mark.slow) for n in INSTALLED])
 def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vit, run_vit, tmp_path):
     """SIGKILL after two epochs: the same weights bit for bit, the same history, the same test figures.

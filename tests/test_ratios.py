@@ -68,6 +68,7 @@ def images(tmp_path):
     return flags.split()
 
 
+@pytest.mark.slow
 @pytest.mark.any_version
 def test_a_run_of_either_kind_goes_on_by_an_epoch_in_its_turn(images, tmp_path):
     """Also: a side that fails says why, and nothing is left running."""
