@@ -146,6 +146,7 @@ def test_ctrl_c_reports_what_has_finished(stub, tmp_path):
     assert "Traceback" not in stderr and not list(out.glob("c*-*"))  # neither checkpoint nor caches
 
 
+@pytest.mark.any_version  # needs torch, which the floor lacks
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -183,6 +184,7 @@ def test_wrong_input_is_refused_with_one_line_before_anything_runs(arguments, me
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.any_version  # needs torch, which the floor lacks
 def test_an_item_is_a_backend_with_flags_and_torch_alone_is_both_of_its_modes():
     def chosen(*texts: str, flags: tuple[str, ...] = ()) -> list[str]:
         return [item.text for item in items.choose_items(texts, flags)]
@@ -196,6 +198,7 @@ def test_an_item_is_a_backend_with_flags_and_torch_alone_is_both_of_its_modes():
     assert items.take_seed(["--seed", "3", "--num-epochs", "2"]) == (3, ["--num-epochs", "2"])
 
 
+@pytest.mark.any_version  # needs torch, which the floor lacks
 def test_a_baseline_is_an_item_or_a_name():
     chosen = items.choose_items(["jax", "torch"], [])
     for known in ("jax", "torch:jit=on", "torch (compiled)"):

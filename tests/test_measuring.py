@@ -139,9 +139,9 @@ def test_the_file_follows_its_schema_and_holds_what_the_console_shows(run_vit, d
 
 
 def trained(jit: str, dataset: str) -> list[list[dict]]:
-    """The epochs of one configuration: by itself, with measuring, and interrupted after its first epoch and resumed."""
+    """The epochs, of three steps, of one configuration: by itself, with measuring, and interrupted after its first epoch and resumed."""
     common = dict(image_size=16, patch_size=4, projection_dim=32, transformer_layers=1, mlp_head_units=[128])
-    common |= dict(batch_size=32, num_epochs=2, dataset=dataset, use_wandb=False, jit=jit)
+    common |= dict(batch_size=431, num_epochs=2, dataset=dataset, use_wandb=False, jit=jit)
     config = vit.ViTConfig(**common, checkpoint_path=Path("a.weights.h5"), measure_seconds=0.0)
 
     class Stop(keras.callbacks.Callback):
