@@ -47,21 +47,20 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     backends_help = (
-        "jax, torch, tensorflow, native-jax, native-torch, with flags of vit.py that differ: jax:dtype_policy="
+        "jax, torch, tensorflow (default: those that are installed), native-jax, native-torch; with flags of "
     )
     backends_help += (
-        "mixed_bfloat16,attention_dropout=0 torch:jit=on (default: the backends that are installed). torch alone "
+        "vit.py for it alone, as in jax:dtype_policy=mixed_bfloat16,attention_dropout=0. torch alone means "
     )
-    backends_help += "means torch:jit=off torch:jit=on, on a CPU too, unless --jit stands after --"
+    backends_help += "torch:jit=off torch:jit=on, on a CPU too, unless --jit stands after --"
+    cold_help = "compile anew in every run (--no-compile-cache), not only in the first of each backend"
     out_help = "folder for results and report (default: benchmark-results/<UTC time>, with --report its first DIR); "
     out_help += "the report includes runs that are already there"
     repeats_help = f"runs of each (default: {DEFAULT_REPEATS}); an even number balances the order"
     baseline_help = "compare the others with this one, as in --backends or as in a report (default: the first)"
     parser.add_argument("--backends", nargs="+", metavar="NAME[:FLAG=VALUE,...]", help=backends_help)
     parser.add_argument("--repeats", type=int, metavar="N", help=repeats_help)
-    parser.add_argument(
-        "--cold", action="store_true", help="compile anew in every run (--no-compile-cache), not in the first"
-    )
+    parser.add_argument("--cold", action="store_true", help=cold_help)
     parser.add_argument("--baseline", metavar="NAME", help=baseline_help)
     parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)
     parser.add_argument(
@@ -88,9 +87,7 @@ def benchmark(args: argparse.Namespace, flags: Sequence[str]) -> int:
     out = args.out or Path("benchmark-results") / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     require_writable_folder(out, "--out")
     if args.repeats % 2:
-        print(
-            f"note: --repeats {args.repeats} is odd: A B comes once more often than B A, so a drift may favour one of them"
-        )
+        print(f"note: --repeats {args.repeats} is odd: A B comes once more often than B A, and a drift may favour one")
     baseline = args.baseline or args.items[0].text
     try:
         with launch.interruptible():

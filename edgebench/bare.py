@@ -16,14 +16,16 @@ elif BACKEND == "tensorflow":
 NOTHING_COMPILED = "JAX compiles nothing with --jit off"
 
 
-def bare_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray] | None:
-    """A function from images (B, H, W, C) to logits (B, classes), both NumPy arrays, for the weights as they are now.
+def bare_predict(model: keras.Model, images: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
+    """A function from images to logits (B, classes), both NumPy arrays, for the weights as they are now.
+
+    Its images must have the shape (B, H, W, C) of `images`.
 
     It runs in the mode of the model: compiled by XLA or by torch, or as TensorFlow's plain graph or torch's single
     operations. None where JAX runs the model op by op, as there is nothing without Keras then.
     """
     if BACKEND == "torch":
-        return torch_graphs.bare_predict(model)
+        return torch_graphs.bare_predict(model, images)
     if BACKEND == "tensorflow":
         graph = tf.function(lambda images: model(images, training=False), jit_compile=bool(model.jit_compile))
         return lambda images: graph(tf.constant(images)).numpy()

@@ -11,11 +11,12 @@ elif BACKEND == "torch":
     import torch
 
 JAX_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
-_jax_counts: Counter = Counter()
+_jax_counts: Counter = Counter()  # JAX reports to listeners, and keeps no count itself
 
 
 def _count(event: str, **_) -> None:
-    _jax_counts[JAX_EVENTS.get(event, "")] += 1
+    if event in JAX_EVENTS:
+        _jax_counts[JAX_EVENTS[event]] += 1
 
 
 if BACKEND == "jax":
@@ -28,6 +29,12 @@ def _counts() -> Counter:
         return Counter(_jax_counts)
     counts = torch._dynamo.utils.counters["inductor"] if BACKEND == "torch" else {}
     return Counter(hits=counts.get("fxgraph_cache_hit", 0), misses=counts.get("fxgraph_cache_miss", 0))
+
+
+def _is_on() -> bool:
+    if BACKEND == "jax":
+        return bool(jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir)
+    return os.environ.get("TORCHINDUCTOR_FORCE_DISABLE_CACHES") != "1"
 
 
 class CompileCache:
@@ -45,14 +52,10 @@ class CompileCache:
         hits, misses = (_counts()[name] - self._before[name] for name in ("hits", "misses"))
         if BACKEND == "tensorflow" or not is_compiled:
             state = "none"
-        elif "JAX_COMPILATION_CACHE_DIR" not in os.environ if BACKEND == "jax" else _is_off_on_torch():
+        elif not _is_on():
             state = "off"
         elif hits and misses:
             state = "partly warm"
         else:
             state = "warm" if hits else "cold"
         return {"state": state, "hits": hits, "misses": misses}
-
-
-def _is_off_on_torch() -> bool:
-    return os.environ.get("TORCHINDUCTOR_FORCE_DISABLE_CACHES") == "1"

@@ -58,24 +58,20 @@ class Device:
 
 def find_device() -> Device:
     """The device as it is now on which the backend puts what it computes: KERAS_TORCH_DEVICE, for example, can move it."""
-    # Not ops.ones alone, as TensorFlow keeps a constant on the CPU. A GPU is asked here whether it works at all.
     if BACKEND == "jax":
         with jax.ensure_compile_time_eval():  # the layers ask while they are traced
-            (gpu,) = ops.matmul(ops.ones((2, 2)), ops.ones((2, 2))).devices()
+            (gpu,) = ops.ones(()).devices()
         if gpu.platform != "cpu":
-            peak, cuda = (
-                (gpu.memory_stats() or {}).get("peak_bytes_in_use"),
-                " ".join(gpu.client.platform_version.split()),
-            )
-            return Device(gpu.device_kind, True, cuda, peak, _pci_address(gpu.local_hardware_id))
+            peak, cuda = (gpu.memory_stats() or {}).get("peak_bytes_in_use"), gpu.client.platform_version
+            return Device(gpu.device_kind, True, " ".join(cuda.split()), peak, _pci_address(gpu.local_hardware_id))
     elif BACKEND == "torch":
-        device = ops.ones((2, 2)).device
+        device = ops.ones(()).device
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             peak = torch.cuda.max_memory_allocated(index)
             return Device(torch.cuda.get_device_name(index), True, torch.version.cuda, peak, _pci_address(index))
     else:
-        with tf.init_scope():
+        with tf.init_scope():  # a product, as TensorFlow keeps a constant on the CPU
             place = ops.matmul(ops.ones((2, 2)), ops.ones((2, 2))).device.rpartition("/device:")[2]
         if place.startswith("GPU"):
             # Of the GPUs that CUDA shows, TensorFlow may use some only: the physical name has CUDA's number.

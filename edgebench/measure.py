@@ -19,7 +19,7 @@ from edgebench.timing import Epoch
 
 WARM_UP, ENOUGH = 10, 1000  # calls: the first are not counted, and more than so many tell nothing new
 # Calls that a percentile needs. Below 400 the 95 % interval of the 99th reaches beyond the slowest call.
-NEEDED = {"p50": 10, "p90": 100, "p99": 400}
+NEEDED = {"p50": 10, "p90": 100, "p99": 400, "p99_low": 400, "p99_high": 400}
 Z_95 = 1.96
 Sections = dict[str, dict]
 
@@ -57,17 +57,18 @@ def percentiles(path: str, seconds: Sequence[float], budget_s: float) -> Section
     """
     ms = 1e3 * np.sort(seconds[min(WARM_UP, len(seconds) // 5) :])
     n = len(ms)
-    figures: dict[str, float | int | None] = {name: None for name in (*NEEDED, "p99_low", "p99_high")}
-    missing = {}
-    for name, needed in NEEDED.items():
-        if n >= needed:
-            figures[name] = float(np.percentile(ms, int(name[1:])))
-        else:
-            missing[f"{path}/{name}"] = f"fewer than {needed} calls with --measure-seconds {budget_s:g}; raise it"
+    figures = {
+        name: float(np.percentile(ms, int(name[1:3]))) if n >= needed else None for name, needed in NEEDED.items()
+    }
     if figures["p99"] is not None:  # the ranks of a binomial's 95 %, by its normal approximation
         middle, margin = 0.99 * n, Z_95 * math.sqrt(n * 0.99 * 0.01)
-        figures["p99_low"] = float(ms[math.floor(middle - margin) - 1])
-        figures["p99_high"] = float(ms[min(math.ceil(middle + margin), n) - 1])
+        ranks = math.floor(middle - margin), min(math.ceil(middle + margin), n)
+        figures["p99_low"], figures["p99_high"] = (float(ms[rank - 1]) for rank in ranks)
+    missing = {
+        f"{path}/{name}": f"fewer than {NEEDED[name]} calls with --measure-seconds {budget_s:g}; raise it"
+        for name, value in figures.items()
+        if value is None
+    }
     section, name = path.split("/")
     return {section: {name: {**figures, "n": n}}, "missing": missing}
 
@@ -184,7 +185,7 @@ def before_training(
         predicting,
         {"memory": {"inference_peak_device_bytes": peak_bytes}},
         inference_energy(meters, lambda: model.predict_on_batch(x_test[:batch_size]), len(x_test[:batch_size])),
-        bare_latency(bare_predict(model), NOTHING_COMPILED, x_test, budget_s),
+        bare_latency(bare_predict(model, x_test[:1]), NOTHING_COMPILED, x_test, budget_s),
         steps(model, x_train, y_train, batch_size, batches_per_step, budget_s),
         compiling_evaluation(evaluate, x_test, y_test, batch_size),
     )
@@ -216,10 +217,13 @@ def to_first_epoch(epochs: Sequence[Epoch], ready_s: float | None, measured: Sec
     return {"time": {"to_first_epoch_s": ready_s + earlier_s + epochs[0].end_s}}
 
 
-def evaluation(evaluate: Callable[[], dict], images: int, budget_s: float) -> tuple[dict, dict]:
+def evaluation(evaluate: Callable[[], dict], images: int, budget_s: float) -> tuple[dict, Sections]:
     """The metrics that `evaluate` returns, and `evaluation_images_per_s` of a second call, as the first may compile.
 
     There is no second call, and no figure, where the first takes longer than `budget_s`.
     """
     metrics, first_s = timed(evaluate)
-    return metrics, {"evaluation_images_per_s": images / timed(evaluate)[1]} if first_s < budget_s else {}
+    if first_s >= budget_s:
+        reason = f"one evaluation takes longer than --measure-seconds {budget_s:g}" if budget_s else "not measured"
+        return metrics, {"time": {"evaluation_images_per_s": None}, "missing": {"time/evaluation_images_per_s": reason}}
+    return metrics, {"time": {"evaluation_images_per_s": images / timed(evaluate)[1]}, "missing": {}}

@@ -46,7 +46,11 @@ def start_results(backend: str, packages: dict[str, str], device: Device, config
         **{name: config[name] for name in ("dtype_policy", "tf32", "augmentation")},
         "micro_batches": config["gradient_accumulation_steps"],
     }
-    sections = {"time": {"import_s": import_s}, "memory": {"inference_peak_device_bytes": None}, "missing": {}}
+    memory = dict.fromkeys(("inference_peak_device_bytes", "train_peak_device_bytes"))
+    missing = (
+        {} if device.is_gpu else dict.fromkeys((f"memory/{name}" for name in memory), "the backend runs on the CPU")
+    )
+    sections = {"time": {"import_s": import_s}, "memory": memory, "missing": missing}
     return {"schema_version": SCHEMA_VERSION, "status": "failed", "failure": None, "what": what, **sections}
 
 
@@ -69,7 +73,12 @@ def training_sections(
         "epoch_spread": max(counted_s) / min(counted_s) if len(counted) > 1 else None,
         "model_flops_utilization": rate * what["train_flops_per_image"] / peak if rate and peak else None,
     }
-    missing = {} if counted else {"time/train_images_per_s": "no epoch is complete but those that compile"}
+    none = "no epoch is complete but those that compile"
+    missing = {} if counted else {"time/train_images_per_s": none, "time/model_flops_utilization": none}
+    if len(counted) < 2:
+        missing["time/epoch_spread"] = "fewer than two epochs count"
+    if not peak:
+        missing["time/model_flops_utilization"] = "the peak of this device in this number format is not listed"
     energy = energy_figures(meters, images, counted)
     for part, figures in energy.items():
         if figures["joules_per_image"] is None:
@@ -137,18 +146,19 @@ def _print_table(results: dict) -> None:
     switches = f"TF32 {'on' if what['tf32'] else 'off'}, jit {'on' if what.get('jit_compile') else 'off'}"
     paths = f"{what.get('attention', 'unknown')} attention, {what['augmentation']} augmentation"
     print(f"results of {what['backend']} on {what['device']}: {what['dtype_policy']}, {switches}, {paths}")
-    missing = results["missing"]
-    sources = {part: energy["source"] for part, energy in results.get("energy", {}).items() if "source" in energy}
-    without_sensor = tuple(f"energy/{part}/" for part, source in sources.items() if source.startswith(UNAVAILABLE))
-    for name, value in figures(results).items():
-        if without_sensor and name.startswith(without_sensor):
-            continue  # one line for all of them below
+    values = figures(results)
+    for name, value in values.items():
         if value is not None:
             print(f"  {name:<42} {format(value, ',.5g' if value < 1e5 else ',.0f')}")
-        else:
-            print(f"  {name:<42} unavailable{f' ({missing[name]})' if name in missing else ''}")
-    for part, source in sources.items():
-        print(f"  energy of {part}: {source if source.startswith(UNAVAILABLE) else f'from {source}'}")
+    gaps: dict[str, list[str]] = {}  # by reason, as a machine without a GPU lacks many figures for the same one
+    for name, reason in results["missing"].items():
+        if values.get(name) is None:
+            gaps.setdefault(reason, []).append(name)
+    for reason, names in gaps.items():
+        print(f"  unavailable ({reason}): {', '.join(names)}")
+    for part, energy in results.get("energy", {}).items():
+        if not energy.get("source", UNAVAILABLE).startswith(UNAVAILABLE):
+            print(f"  energy of {part} from: {energy['source']}")
     if results["status"] == "complete":
         quality, test = results["quality"], results["quality"]["test"]
         accuracy, top_5, loss = test["test_accuracy"], test["test_top-5-accuracy"], test["test_loss"]

@@ -126,23 +126,24 @@ class GraphModel(keras.Model):
             return self(x, training=False)
 
 
-def bare_predict(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    """The model's answers without the Python of its layers: a flat graph, which is the model's own where it is compiled."""
-    graphs: dict[tuple, Callable] = {}
+def bare_predict(model: keras.Model, images: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The model's answers to batches shaped as `images`, without the Python of its layers.
+
+    A flat graph of its operations computes them, and where the model is compiled its own step.
+    """
+    values = [variable.value for variable in model.weights]
 
     def logits(x, values: Sequence):
         with keras.StatelessScope(state_mapping=zip(model.weights, values, strict=True)):
             return model(x, training=False)
 
+    with torch.no_grad():
+        graph = None if is_compiled(model) else trace(logits, ops.convert_to_tensor(images), values)
+
     def predict(images: np.ndarray) -> np.ndarray:
         x = ops.convert_to_tensor(images)
         with torch.no_grad():
-            if is_compiled(model):
-                return ops.convert_to_numpy(model.predict_step((x,)))
-            values = [variable.value for variable in model.weights]
-            if x.shape not in graphs:
-                graphs[x.shape] = trace(logits, x, values)
-            return ops.convert_to_numpy(graphs[x.shape](x, values))
+            return ops.convert_to_numpy(graph(x, values) if graph else model.predict_step((x,)))
 
     return predict
 

@@ -55,7 +55,6 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
         ready_s = process.age_s()
         what |= {"attention": native.attention, "num_parameters": native.num_parameters}
         what |= {"jit_compile": native.is_compiled, "jit_failure": None}
-        what["compile_cache"] = cache.describe(native.is_compiled)
         print(f"model: {what['num_parameters']:,} trainable parameters")
 
         # Measure
@@ -82,7 +81,8 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
             results[section] = results.get(section, {}) | figures
         what["compile_cache"] = cache.describe(native.is_compiled)
         test, evaluation = measure.evaluation(evaluate, len(data.x_test), budget_s)
-        results["time"] |= evaluation
+        for section, figures in evaluation.items():
+            results[section] |= figures
         results["memory"]["train_peak_device_bytes"] = find_device().peak_memory_bytes
         results["memory"]["peak_rss_bytes"] = peak_rss_bytes()
         results["quality"] |= {
@@ -148,15 +148,17 @@ def measure_native(
     images = len(data.x_train)
     size, before = min(batch_size, images), native.snapshot()
     native.begin_epoch(np.arange(images), 0)
+
+    def step(start: int, size: int) -> float:
+        return float(native.train_step(start, size))  # waits for the device
+
     seconds: list[float] = []
     while not measure.is_enough(seconds[1:], budget_s):
         start = len(seconds) % (images // size) * size
-        seconds.append(
-            measure.timed(lambda start=start: float(native.train_step(start, size)))[1]
-        )  # waits for the device
+        seconds.append(measure.timed(step, start, size)[1])
     partial_s = 0.0
     if rest := images % size:  # compiled now, so that the first epoch is as steady as the others
-        first_s, second_s = (measure.timed(lambda: float(native.train_step(0, rest)))[1] for _ in range(2))
+        first_s, second_s = (measure.timed(step, 0, rest)[1] for _ in range(2))
         partial_s = measure.compiling(first_s, [second_s])
     native.totals()
     native.set_params(before)

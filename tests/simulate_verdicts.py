@@ -20,7 +20,7 @@ from edgebench.compare.items import Item
 from edgebench.compare.launch import alternating
 from edgebench.compare.metrics import TRAINING
 from edgebench.compare.runs import Run
-from edgebench.compare.verdicts import SENTENCES, Comparison, Decisions, compare_all, decide_all
+from edgebench.compare.verdicts import Comparison, Decisions, compare_all, decide_all
 
 BACKENDS = ("jax", "torch", "tensorflow")
 SLOW_SHARE, SLOW_FACTOR = 0.03, 1.3  # of the runs
@@ -88,7 +88,7 @@ def simulated_runs(rng: random.Random, n: int, backends: int, spread: Spread, ef
 
 def claims(names: dict[str, list[Run]]) -> tuple[list[Comparison], Decisions]:
     """Compare and decide as a report does, and return what its sentences claim to be different."""
-    comparisons = [each for each in compare_all(names) if each.metric in SENTENCES]
+    comparisons = [each for each in compare_all(names) if each.metric.claim]
     decisions = decide_all(comparisons)
     return [each for each in decisions if decisions[each].is_different], decisions
 

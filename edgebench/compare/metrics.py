@@ -24,6 +24,8 @@ class Metric:
     cache: str = ""  # "cold" or "warm": only runs whose compile cache was so
     is_compilation: bool = False  # compared only between runs that compile
     is_compared: bool = True
+    subject: str = ""  # what it is called in a sentence; only metrics with one get sentences
+    claim: str = ""  # the sentence on a supported difference
 
     @property
     def heading(self) -> str:
@@ -38,12 +40,20 @@ def format_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
-TRAINING = Metric("training", "images/s", "time/train_images_per_s")
+TRAINING = Metric(
+    *("training", "images/s", "time/train_images_per_s"),
+    subject="training throughput",
+    claim="{a} trained {ratio} as fast as {b}",
+)
 STEP_P50 = Metric("step p50", "ms", "time/step_ms/p50")
 STEP_P99 = Metric("step p99", "ms", "time/step_ms/p99")
 EVALUATION = Metric("evaluation", "images/s", "time/evaluation_images_per_s")
 CORES = Metric("CPU cores used", "mean", "load/cpu_s_per_wall_s", is_compared=False)
-LATENCY = Metric("one image p50", "ms", "time/latency_ms/p50")
+LATENCY = Metric(
+    *("one image p50", "ms", "time/latency_ms/p50"),
+    subject="latency of one image",
+    claim="{a} took {ratio} the time of {b} for one image",
+)
 LATENCY_P99 = Metric("one image p99", "ms", "time/latency_ms/p99")
 BARE_LATENCY = Metric("bare p50", "ms", "time/bare_latency_ms/p50")
 INFERENCE = Metric("inference", "images/s", "time/inference_images_per_s")
@@ -52,7 +62,14 @@ INFERENCE_ENERGY = Metric(
     fallback="energy/inference_joules_per_image/cpu_package",
 )
 COMPILE_COLD, COMPILE_WARM = (
-    Metric(f"compile {cache}", "s", "time/compile_s/total", cache=cache, is_compilation=True) for cache in CACHE_STATES
+    Metric(
+        *(f"compile {cache}", "s", "time/compile_s/total"),
+        cache=cache,
+        is_compilation=True,
+        subject=f"compile time, {cache}",
+        claim="{a} took {ratio} the time of {b} to " + work,
+    )
+    for cache, work in (("cold", "compile everything"), ("warm", "load what had been compiled before"))
 )
 FIRST_STEP_COLD, FIRST_STEP_WARM = (
     Metric(f"first step {cache}", "s", "time/to_first_step_s", cache=cache) for cache in CACHE_STATES
@@ -60,9 +77,24 @@ FIRST_STEP_COLD, FIRST_STEP_WARM = (
 FIRST_EPOCH_COLD, FIRST_EPOCH_WARM = (
     Metric(f"first epoch {cache}", "s", "time/to_first_epoch_s", cache=cache) for cache in CACHE_STATES
 )
-MEMORY = Metric("peak memory", "MiB", "memory/train_peak_device_bytes", "memory/peak_rss_bytes", scale=2**-20)
-ENERGY = Metric("energy", "J/image", "energy/accelerator/joules_per_image", "energy/cpu_package/joules_per_image")
-ACCURACY = Metric("test accuracy", "%", "quality/test/test_accuracy", scale=100, is_share=True)
+MEMORY = Metric(
+    *("peak memory", "MiB", "memory/train_peak_device_bytes", "memory/peak_rss_bytes"),
+    scale=2**-20,
+    subject="peak memory",
+    claim="{a} used {ratio} the memory of {b}",
+)
+ENERGY = Metric(
+    *("energy", "J/image", "energy/accelerator/joules_per_image", "energy/cpu_package/joules_per_image"),
+    subject="energy an image",
+    claim="{a} used {ratio} the energy of {b} for a training image",
+)
+ACCURACY = Metric(
+    *("test accuracy", "%", "quality/test/test_accuracy"),
+    scale=100,
+    is_share=True,
+    subject="test accuracy",
+    claim="{a} reached a test accuracy {ratio} that of {b}",
+)
 TOP_5 = Metric("top-5", "%", "quality/test/test_top-5-accuracy", scale=100, is_share=True)
 BEST_EPOCH = Metric("best epoch after", "s", "quality/best_epoch_s")
 
@@ -75,6 +107,7 @@ TABLES = {
     ),
     "Costs and quality": (MEMORY, ENERGY, ACCURACY, TOP_5, BEST_EPOCH),
 }
+SENTENCES = tuple(metric for metrics in TABLES.values() for metric in metrics if metric.claim)
 MARKS = {  # shown beside a value from this path
     MEMORY.fallback: "RSS",
     ENERGY.fallback: "CPU",

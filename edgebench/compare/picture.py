@@ -107,7 +107,7 @@ def _draw_accuracy(axis, backends: dict[str, list[Run]], colours: dict[str, str]
         axis.set_yticks([])
         return
     axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.06 * axis.get_ylim()[1])  # markers at 100 % stay whole
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, loc="lower right")
 

@@ -3,31 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from edgebench.compare.metrics import (
-    ACCURACY,
-    COMPILE_COLD,
-    COMPILE_WARM,
-    ENERGY,
-    LATENCY,
-    MEMORY,
-    TRAINING,
-    Metric,
-    format_number,
-)
+from edgebench.compare.metrics import SENTENCES, TRAINING, Metric, format_number
 from edgebench.compare.runs import NONE, Run
 from edgebench.compare.statistics import ALPHA, MOST_MORE_RUNS, Decision
 from edgebench.compare.verdicts import MIN_EFFECT, MIN_POINTS, Comparison, Decisions
 
 DEFAULT_REPEATS = 4
-WORDS = {  # what a metric is called in a sentence, and the sentence on a supported difference
-    TRAINING: ("training throughput", "{a} trained {ratio} as fast as {b}"),
-    LATENCY: ("latency of one image", "{a} took {ratio} the time of {b} for one image"),
-    COMPILE_COLD: ("compile time, cold", "{a} took {ratio} the time of {b} to compile everything"),
-    COMPILE_WARM: ("compile time, warm", "{a} took {ratio} the time of {b} to load what had been compiled before"),
-    MEMORY: ("peak memory", "{a} used {ratio} the memory of {b}"),
-    ENERGY: ("energy an image", "{a} used {ratio} the energy of {b} for a training image"),
-    ACCURACY: ("test accuracy", "{a} reached a test accuracy {ratio} that of {b}"),
-}
 
 
 def statements(names: Mapping[str, list[Run]], comparisons: Sequence[Comparison], decisions: Decisions) -> list[str]:
@@ -37,10 +18,10 @@ def statements(names: Mapping[str, list[Run]], comparisons: Sequence[Comparison]
         return [f"Only {base} has results here: there is nothing to compare it with."]
     sentences = []
     for name in others:
-        of_name = [each for each in comparisons if each.name == name and each.metric in WORDS]
+        of_name = [each for each in comparisons if each.name == name and each.metric in SENTENCES]
         of_name = [each for each in of_name if each.a.values or each.b.values]  # what neither has, the tables explain
         if not any(each.n > 1 for each in of_name) and any(each.n for each in of_name):
-            medians = [f"{WORDS[each.metric][0]} {each.medians}" for each in of_name if each.n]
+            medians = [f"{each.metric.subject} {each.medians}" for each in of_name if each.n]
             sentences.append(
                 f"{name} and {base}: one pair of runs has no spread, so that no statement is supported; run at least "
                 f"{DEFAULT_REPEATS - 1} more of each (--repeats {DEFAULT_REPEATS}). {'; '.join(medians)}."
@@ -53,12 +34,12 @@ def statements(names: Mapping[str, list[Run]], comparisons: Sequence[Comparison]
 def statement(comparison: Comparison, decision: Decision | None) -> str:
     """Say in one sentence what was found in one metric. It claims a difference only if the decision does."""
     metric, name, base = comparison.metric, comparison.name, comparison.base
-    subject, sentence = WORDS[metric]
+    subject = metric.subject
     if comparison.obstacle:
         return f"{subject}: {comparison.obstacle}."
     evidence = f"{comparison.medians}; {leaning(comparison, decision)}"
     if decision and decision.is_different:
-        return f"{sentence.format(a=name, b=base, ratio=size(decision, metric))} ({evidence})."
+        return f"{metric.claim.format(a=name, b=base, ratio=size(decision, metric))} ({evidence})."
     return f"{subject}: {undecided(decision, metric, f'{name} and {base}')} ({evidence})."
 
 

@@ -5,27 +5,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgebench.compare.metrics import (
-    ACCURACY,
-    COMPILE_COLD,
-    COMPILE_WARM,
-    ENERGY,
-    LATENCY,
-    MEMORY,
-    SOURCES,
-    TABLES,
-    TRAINING,
-    Figures,
-    Metric,
-    measure,
-    pairs,
-)
+from edgebench.compare.metrics import SENTENCES, SOURCES, TABLES, TRAINING, Figures, Metric, measure, pairs
 from edgebench.compare.runs import Run
 from edgebench.compare.statistics import Decision, Estimate, decide, paired, welch
 
 MIN_EFFECT = 0.02  # the smallest relative difference worth a sentence
 MIN_POINTS = 0.5  # the same for accuracy, in percentage points
-SENTENCES = (TRAINING, LATENCY, COMPILE_COLD, COMPILE_WARM, MEMORY, ENERGY, ACCURACY)  # what a sentence is written on
 
 
 @dataclass(frozen=True, eq=False)  # without eq, a comparison is a key of the decisions
