@@ -104,7 +104,7 @@ class ViTConfig:
     """Seed of the split, the weights, the order of the images, augmentation and dropout."""
 
     # Device
-    device: Literal["auto", "gpu", "cpu"] = field(default_factory=lambda: os.environ.get("VIT_DEVICE") or "auto")  # type: ignore
+    device: Literal["auto", "gpu", "cpu"] = field(default_factory=lambda: cli.setting("VIT_DEVICE").lower() or "auto")  # type: ignore
     """gpu: end at once where there is none that works. Default: the environment variable VIT_DEVICE, else auto, what there is."""
     jit: Literal["auto", "on", "off"] = "auto"
     """Compile the training step. auto: JAX always, TensorFlow and torch on a GPU (torch compiles for a minute or two on a CPU)."""
@@ -122,7 +122,7 @@ class ViTConfig:
     # Where things come from and go to
     dataset: str = "cifar100"
     """cifar100, cifar10, synthetic (made in memory, needs no network), or the path of an .npz file with x_train, y_train, x_test and y_test."""
-    keras_backend: str = field(default_factory=lambda: os.environ.get("KERAS_BACKEND") or "jax")
+    keras_backend: str = field(default_factory=lambda: cli.setting("KERAS_BACKEND").lower() or "jax")
     """jax, torch or tensorflow. The environment variable KERAS_BACKEND wins over this flag."""
     checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")
     """File for the weights of the best epoch by validation accuracy; ends in .weights.h5."""
@@ -136,9 +136,9 @@ class ViTConfig:
     # Weights & Biases
     use_wandb: bool = True
     """Log to Weights & Biases; without an API key the run is logged offline, for `wandb sync`."""
-    wandb_project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT") or "keras3_edge_baseline")
+    wandb_project: str = field(default_factory=lambda: cli.setting("WANDB_PROJECT") or "keras3_edge_baseline")
     """W&B project. Default: the environment variable WANDB_PROJECT, else keras3_edge_baseline."""
-    wandb_entity: str | None = field(default_factory=lambda: os.environ.get("WANDB_ENTITY") or None)
+    wandb_entity: str | None = field(default_factory=lambda: cli.setting("WANDB_ENTITY") or None)
     """W&B user or team. Default: the environment variable WANDB_ENTITY, else the account's own."""
     wandb_run_name: str | None = None
     """Name of the run in W&B. Default: one that W&B makes up."""
@@ -148,6 +148,9 @@ class ViTConfig:
     def __post_init__(self) -> None:
         if not self.transformer_units:
             self.transformer_units = [2 * self.projection_dim, self.projection_dim]
+        for name in ("dataset", "checkpoint_path", "results_dir"):  # a shell leaves ~ alone in --results-dir=~/results
+            value = getattr(self, name)
+            setattr(self, name, type(value)(os.path.expanduser(value)))
 
     @property
     def num_patches(self) -> int:
@@ -167,8 +170,9 @@ class ViTConfig:
         """Raise ExperimentError for the first value that cannot work, without importing Keras or loading data."""
         for name in POSITIVE:
             value = getattr(self, name)
-            is_positive = all(size > 0 for size in value) if isinstance(value, list) else value > 0
-            require(is_positive, f"{cli.flag(name)} must be positive, not {value}")
+            sizes = value if isinstance(value, list) else [value]
+            require(all(size > 0 for size in sizes), f"{cli.flag(name)} must be positive, not {value}")
+            require(all(size < 2**31 for size in sizes), f"{cli.flag(name)} must be below 2**31, not {value}")
         for name, (low, high, text) in INTERVALS.items():
             value = getattr(self, name)
             require(low <= value < high, f"{cli.flag(name)} must {text}, not {value}")
@@ -189,11 +193,13 @@ class ViTConfig:
         require(cli.is_installed(backend), f"the backend {backend} is not installed: {install}")
         has_wandb = not self.use_wandb or cli.is_installed("wandb")
         require(has_wandb, "W&B is not installed: pip install wandb, or run with --no-use-wandb")
+        node_bytes = len(os.fsencode(self.node_name))  # it is part of a file's name
+        require(1 <= node_bytes <= 128, f"--node-name must have 1 to 128 bytes, not {node_bytes}")
         for tag in self.wandb_tags:
             require(1 <= len(tag) <= 64, f"--wandb-tags must have 1 to 64 characters each, not {len(tag)}")
         path = self.checkpoint_path
         require(path.name.endswith(".weights.h5"), f"--checkpoint-path must end in .weights.h5, not {str(path)!r}")
-        require(not path.is_dir(), f"--checkpoint-path {str(path)!r} is a folder")
+        require(not os.path.isdir(path), f"--checkpoint-path {str(path)!r} is a folder")
         cli.require_writable_folder(path.parent, "--checkpoint-path")
         cli.require_writable_folder(self.results_dir, "--results-dir")
 
@@ -211,10 +217,10 @@ def read_config(argv: Sequence[str]) -> ViTConfig:
     except (OSError, ValueError) as error:
         raise ExperimentError(f".env cannot be read ({error})") from error
     config = cli.parse(ViTConfig, argv)
-    backend = os.environ.get("KERAS_BACKEND") or config.keras_backend
-    for name in (config.keras_backend, backend):
-        require(name in BACKENDS, f"the backend must be one of {', '.join(BACKENDS)}, not {name!r}")
-    if backend != config.keras_backend:
+    variable, flag, known = cli.setting("KERAS_BACKEND").lower(), config.keras_backend, ", ".join(BACKENDS)
+    require(variable in ("", *BACKENDS), f"KERAS_BACKEND must be one of {known}, not {variable!r}")
+    require(flag in BACKENDS, f"--keras-backend must be one of {known}, not {flag!r}")
+    if (backend := variable or flag) != config.keras_backend:
         cli.warn(f"KERAS_BACKEND={backend} wins over --keras-backend {config.keras_backend}")
     config = replace(config, keras_backend=backend)
     config.check()
@@ -225,19 +231,21 @@ def _set_backend_from_env_or_cli(argv: Sequence[str]) -> ViTConfig:
     """Set everything that Keras and its backend read when they are imported, and return the configuration."""
     config = read_config(argv)
     os.environ["KERAS_BACKEND"] = config.keras_backend
+    process.clear_environment()
     process.set_environment(config.device, config.compile_cache)
     return config
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = cli.SteadyStream(sys.stdout), cli.SteadyStream(sys.stderr)
+    cli.steady_streams()
     with cli.errors_in_one_line("--debug" in sys.argv):
         _config = _set_backend_from_env_or_cli(sys.argv[1:])
 else:  # imported by a test, a notebook or a hand-written model of peers/, whose command line is not ours
-    os.environ.setdefault("KERAS_BACKEND", "jax")
+    os.environ["KERAS_BACKEND"] = cli.setting("KERAS_BACKEND").lower() or "jax"
+    process.clear_environment()
 
 # Only now, as Keras chooses its backend, and the backend its device, when they are imported.
-with process.exit_on_sigint(enabled=__name__ == "__main__"):
+with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_program=__name__ == "__main__"):
     import keras
     import numpy as np
     from keras import layers, ops
@@ -252,7 +260,7 @@ with process.exit_on_sigint(enabled=__name__ == "__main__"):
     from edgebench.torch_graphs import FusedAdamW, is_compiled, with_graphs
     from edgebench.tracking import start_wandb
 
-keras.config.set_image_data_format("channels_last")  # whatever ~/.keras/keras.json says
+device.reset_keras()
 IMPORT_S = process.age_s()
 
 
@@ -591,6 +599,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
     data = load_dataset(config.dataset, config.validation_split, config.seed)
     results["time"]["load_s"] = time.perf_counter() - began
     size = vit_size(config, data.image_shape[2], data.num_classes)
+    costs.require_memory(size, machine.memory_bytes)
     results["what"] |= data.describe() | {"train_flops_per_image": size.train_flops_per_image}
     run_identity = identity(config, data)
     resume_path = resume.path_of(config.checkpoint_path, run_identity)

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import importlib.util
 import io
+import os
 import re
 import signal
 import sys
@@ -40,7 +41,7 @@ class Diverged(ExperimentError):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM has arrived. Not an Exception, so that code which survives errors does not survive this."""
+    """SIGINT, SIGTERM or SIGHUP has arrived. Not an Exception, so that code which survives errors does not survive this."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -68,9 +69,11 @@ def errors_in_one_line(debug: bool = False) -> Iterator[None]:
     """Turn an expected failure into one line on stderr and an exit status; with `debug`, print its traceback as well."""
     try:
         yield
-    except (ExperimentError, MemoryError) as error:
+    except (ExperimentError, MemoryError, RecursionError) as error:
         if debug:
             traceback.print_exception(error)
+        if isinstance(error, RecursionError):
+            error = ExperimentError("the model is deeper than Keras can build: lower --transformer-layers")
         if isinstance(error, MemoryError):  # outside of the training, whose line says more
             error = OutOfMemory(f"out of memory: the data need too much ({one_line(error)})")
         print(f"{PROGRAM}: error: {one_line(error)}", file=sys.stderr)
@@ -99,6 +102,24 @@ class SteadyStream:
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
+
+
+def steady_streams() -> None:
+    """Let the program run on whatever becomes of its output: a full disk, a reader that leaves, a closed stdout or stderr."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would take its number, and get what is printed
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = (
+        SteadyStream(sys.stdout or os.fdopen(1, "w")),
+        SteadyStream(sys.stderr or os.fdopen(2, "w")),
+    )
+
+
+def setting(name: str) -> str:
+    """The value of an environment variable, empty where it is not set, without the line end that some env files leave in it."""
+    return os.environ.get(name, "").strip()
 
 
 def is_installed(package: str) -> bool:

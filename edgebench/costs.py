@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgebench.cli import OutOfMemory
+
 # Peak dense TFLOP/s by device and number format, from NVIDIA's specifications at the highest power and clock that the maker
 # allows. A Jetson calls itself "Orin", which is several modules of different speed: no entry rather than a guess.
 PEAK_TFLOPS = {
@@ -15,6 +17,7 @@ PEAK_TFLOPS = {
         "mixed_float16": 24.3,
     },
 }
+BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, in float32
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class ViTSize:
         image = 4 * self.image_size**2 * self.channels + 2 * n * self.values_per_patch
         activations = image + self.transformer_layers * block + 3 * (n * d + sum(self.mlp_head_units))
         bytes_per_activation = 4 if dtype_policy == "float32" else 2
-        bytes_per_parameter = 20 if accumulates else 16
+        bytes_per_parameter = BYTES_PER_PARAMETER + 4 if accumulates else BYTES_PER_PARAMETER
         return bytes_per_parameter * self.parameters + images * activations * bytes_per_activation
 
 
@@ -86,10 +89,20 @@ def peak_flops(device: str, dtype_policy: str, tf32: bool) -> float | None:
     return None if tflops is None else tflops * 1e12
 
 
+def require_memory(size: ViTSize, memory_bytes: int) -> None:
+    """Raise OutOfMemory where what AdamW keeps for every parameter, in float32, cannot fit into so many bytes."""
+    needed_gb, memory_gb = BYTES_PER_PARAMETER * size.parameters / 1e9, memory_bytes / 1e9
+    if needed_gb > memory_gb:
+        message = f"the model has {size.parameters:,} parameters, which take {needed_gb:,.0f} GB in training, of {memory_gb:,.0f} GB"
+        raise OutOfMemory(f"{message}: lower --image-size, --projection-dim or --num-heads, or raise --patch-size")
+
+
 def out_of_memory_message(size: ViTSize, images: int, batch_size: int, dtype_policy: str) -> str:
     """How much memory training on `images` of a batch at a time needs, by estimate, and the flags with which it needs less."""
     needed_gb = size.train_memory_bytes(images, dtype_policy, accumulates=images < batch_size) / 1e9
-    more_parts = [n for n in range(2 * batch_size // images, batch_size + 1) if batch_size % n == 0]
-    advice = f"try --gradient-accumulation-steps {more_parts[0]}, or " if more_parts else ""
+    more_parts = next(
+        (n for n in range(2 * batch_size // images, min(batch_size, 2**16) + 1) if batch_size % n == 0), None
+    )
+    advice = f"try --gradient-accumulation-steps {more_parts}, or " if more_parts else ""
     advice += "lower --batch-size, --image-size or --projection-dim"
     return f"out of memory with {images} images at a time, which need an estimated {needed_gb:.1f} GB: {advice}"

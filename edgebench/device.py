@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from edgebench import nvml
-from edgebench.cli import ExperimentError, OutOfMemory, one_line, require
+from edgebench.cli import ExperimentError, OutOfMemory, one_line, require, warn
 
 BACKEND = keras.backend.backend()
 if BACKEND == "jax":
@@ -24,6 +24,8 @@ elif BACKEND == "torch":
 else:
     import tensorflow as tf
 
+KERAS_DEFAULTS = {"floatx": "float32", "epsilon": 1e-7, "image_data_format": "channels_last"}
+NO_LIMIT = 2**40  # bytes; where a backend does not tell its GPU's memory: no GPU has as much
 NO_GPU = (
     "is a GPU there (nvidia-smi), does the container have it (--gpus all, on a Jetson --runtime nvidia), "
     "is this a CUDA build? To run on the CPU on purpose: --device cpu, or VIT_DEVICE=cpu"
@@ -46,30 +48,42 @@ class Device:
     """The device on which the backend computes by default.
 
     On a CPU `cuda`, the CUDA version, `peak_memory_bytes`, the most that the backend's allocator has held at once, and
-    `gpu_id`, the PCI address, are None. The address is also None where CUDA does not tell it.
+    `gpu_id`, the PCI address, are None. The address is also None where CUDA does not tell it. `memory_bytes` is what
+    there is of memory in all.
     """
 
     name: str
+    memory_bytes: int
     is_gpu: bool = False
     cuda: str | None = None
     peak_memory_bytes: int | None = None
     gpu_id: str | None = None
 
 
+def reset_keras() -> None:
+    """Set what keras.json can change to Keras' defaults; a warning names what it had changed."""
+    for name, default in KERAS_DEFAULTS.items():
+        if (value := getattr(keras.config, name)()) != default:
+            warn(f"{name} {value} of keras.json is ignored: {default} is used")
+            getattr(keras.config, f"set_{name}")(default)
+
+
 def find_device() -> Device:
-    """The device as it is now on which the backend puts what it computes: KERAS_TORCH_DEVICE, for example, can move it."""
+    """The device as it is now on which the backend puts what it computes."""
     if BACKEND == "jax":
         with jax.ensure_compile_time_eval():  # the layers ask while they are traced
             (gpu,) = ops.ones(()).devices()
         if gpu.platform != "cpu":
-            peak, cuda = (gpu.memory_stats() or {}).get("peak_bytes_in_use"), gpu.client.platform_version
-            return Device(gpu.device_kind, True, " ".join(cuda.split()), peak, _pci_address(gpu.local_hardware_id))
+            memory, cuda = gpu.memory_stats() or {}, gpu.client.platform_version
+            name, limit, peak = gpu.device_kind, memory.get("bytes_limit", NO_LIMIT), memory.get("peak_bytes_in_use")
+            return Device(name, limit, True, " ".join(cuda.split()), peak, _pci_address(gpu.local_hardware_id))
     elif BACKEND == "torch":
         device = ops.ones(()).device
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
-            peak = torch.cuda.max_memory_allocated(index)
-            return Device(torch.cuda.get_device_name(index), True, torch.version.cuda, peak, _pci_address(index))
+            properties, peak = torch.cuda.get_device_properties(index), torch.cuda.max_memory_allocated(index)
+            cuda, limit = torch.version.cuda, properties.total_memory
+            return Device(properties.name, limit, True, cuda, peak, _pci_address(index))
     else:
         with tf.init_scope():  # a product, as TensorFlow keeps a constant on the CPU
             place = ops.matmul(ops.ones((2, 2)), ops.ones((2, 2))).device.rpartition("/device:")[2]
@@ -79,10 +93,11 @@ def find_device() -> Device:
             name = tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
             peak = tf.config.experimental.get_memory_info(place)["peak"]
             cuda = tf.sysconfig.get_build_info().get("cuda_version")
-            return Device(name, True, cuda, peak, _pci_address(int(gpu.name.rpartition(":")[2])))
+            return Device(name, NO_LIMIT, True, cuda, peak, _pci_address(int(gpu.name.rpartition(":")[2])))
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return Device(model[1] if model else platform.machine())
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device(model[1] if model else platform.machine(), memory_bytes)
 
 
 def _pci_address(ordinal: int | None) -> str | None:

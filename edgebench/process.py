@@ -3,32 +3,62 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgebench.cli import ExperimentError, one_line, require, require_writable_folder, warn
+
+OURS = {  # variables that would change what runs without a trace, and what decides instead
+    "KERAS_MAX_EPOCHS": "--num-epochs",
+    "KERAS_MAX_STEPS_PER_EPOCH": "the number of images",
+    "KERAS_TORCH_DEVICE": "--device",
+    "JAX_DISABLE_JIT": "--jit",
+    "TORCH_COMPILE_DISABLE": "--jit",
+    "TORCHDYNAMO_DISABLE": "--jit",
+    "JAX_DEFAULT_MATMUL_PRECISION": "--tf32",
+    "NVIDIA_TF32_OVERRIDE": "--tf32",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "--tf32",
+}
+# Variables that users set on purpose for a backend or its libraries. They stay.
+THEIRS = re.compile(
+    "(JAX|XLA|TF|TENSORFLOW|TORCH|TORCHINDUCTOR|TORCHDYNAMO|PYTORCH|TRITON|CUDA|NVIDIA|CUBLAS|CUDNN|NCCL|OMP|GOMP|KMP|MKL"
+    "|ONEDNN|DNNL|OPENBLAS|MALLOC)_.+|LD_PRELOAD|LD_LIBRARY_PATH"
+)
+# As the user has set them, before anything below sets more: part of how a run came about.
+BACKEND_ENVIRONMENT = {
+    name: value for name, value in sorted(os.environ.items()) if THEIRS.fullmatch(name) and name not in OURS
+}
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
+def clear_environment() -> None:
+    """Remove the variables that would change what runs, whatever the flags say; a warning names each one."""
+    for name, decides in OURS.items():
+        _override(name, None, decides)
+    _override("KERAS_NNX_ENABLED", "false", "vit.py")  # not None: keras.json can turn it on, too
+
+
 def set_environment(device: str, compile_cache: bool) -> None:
-    """Set what the backends read when they are imported.
+    """Set what the backends read when they are imported; a warning names every variable that is overridden.
 
     "cpu" hides the GPU, "gpu" keeps JAX from falling back to the CPU, "auto" leaves the choice to the backend. With
     `compile_cache` JAX and torch keep what they compile in ~/.cache/vit (XDG_CACHE_HOME), otherwise nowhere.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's chatter
     if device == "cpu":
-        os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
+        _override("JAX_PLATFORMS", "cpu", "--device")
+        _override("CUDA_VISIBLE_DEVICES", "-1", "--device")
     elif device == "gpu":
-        os.environ["JAX_PLATFORMS"] = "cuda"  # unset, or with "cuda,cpu", JAX silently takes the CPU
+        _override("JAX_PLATFORMS", "cuda", "--device")  # unset, or with "cuda,cpu", JAX silently takes the CPU
     if device != "auto":
-        os.environ.pop("JAX_PLATFORM_NAME", None)  # an older spelling, which would win
+        _override("JAX_PLATFORM_NAME", None, "--device")  # an older spelling, which would win
     has_nvidia_driver = Path("/dev/nvidiactl").exists() or Path("/dev/nvmap").exists()  # the latter on a Jetson
     if device == "cpu" or not has_nvidia_driver:
         _keep_freed_memory()
-    if compile_cache:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit"
+    if compile_cache and (folder := _cache_folder()):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))
         # By default JAX keeps only what took a second to compile: none of the many small programs that build the model.
@@ -36,6 +66,27 @@ def set_environment(device: str, compile_cache: bool) -> None:
     else:
         os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
         os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
+
+def _override(name: str, value: str | None, decides: str) -> None:
+    """Set an environment variable, or with None remove it; say so where it had another value."""
+    before = os.environ.pop(name, "")
+    if value is not None:
+        os.environ[name] = value
+    if before not in ("", value):
+        warn(f"{name}={before} is ignored: {decides} decides")
+
+
+def _cache_folder() -> Path | None:
+    """The folder for compiled code; None, with a warning, where it cannot be written."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    try:
+        require(home.is_absolute(), f"there is no folder {home}")  # without a home, ~ stays as it is
+        require_writable_folder(home / "vit", "the cache of compiled code")
+    except ExperimentError as error:
+        warn(f"compiled code is not kept for the next run ({error})")
+        return None
+    return home / "vit"
 
 
 def age_s() -> float:
@@ -56,11 +107,22 @@ def _keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def exit_on_sigint(enabled: bool) -> Iterator[None]:
-    """End the process at once on Ctrl-C, without the traceback of an import that takes seconds."""
+def importing_keras(is_program: bool) -> Iterator[None]:
+    """End the program at once on Ctrl-C, without the traceback of an import that takes seconds.
+
+    Raises ExperimentError where Keras does not take what keras.json says.
+    """
     before = signal.getsignal(signal.SIGINT)
-    if enabled and before is not signal.SIG_IGN:  # as a shell starts what runs in the background
+    if is_program and before is not signal.SIG_IGN:  # as a shell starts what runs in the background
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
-    yield
-    if enabled:
-        signal.signal(signal.SIGINT, before)
+    try:
+        yield
+    except (ValueError, AssertionError, AttributeError, TypeError, OSError) as error:
+        settings = Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras"), "keras.json")
+        if not os.path.exists(settings):
+            raise
+        message = f"Keras cannot be imported; does it not take {settings}? Correct or remove it ({one_line(error)})"
+        raise ExperimentError(message) from error
+    finally:
+        if is_program:
+            signal.signal(signal.SIGINT, before)

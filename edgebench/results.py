@@ -17,6 +17,7 @@ from edgebench.device import Device, backend_threads
 from edgebench.energy import UNAVAILABLE, Meters, energy_figures
 from edgebench.files import replacing
 from edgebench.load import LoadMeter
+from edgebench.process import BACKEND_ENVIRONMENT
 from edgebench.schema import SCHEMA_VERSION
 from edgebench.timing import Epoch
 from edgebench.tracking import finish_wandb
@@ -42,6 +43,7 @@ def start_results(backend: str, packages: dict[str, str], device: Device, config
         "git_dirty": None if status is None else bool(status),
         "backend": backend,
         "versions": versions,
+        "environment": BACKEND_ENVIRONMENT,
         "config": config,
         **{name: config[name] for name in ("dtype_policy", "tf32", "augmentation")},
         "micro_batches": config["gradient_accumulation_steps"],

@@ -41,6 +41,8 @@ from edgebench import cli
         (["--wandb-run-name=--odd"], "wandb_run_name", "--odd"),
         (["--projection-dim", "32"], "transformer_units", [64, 32]),
         (["--image-size", "32", "--patch_size=5"], "num_patches", 36),
+        (["--results-dir=~/results"], "results_dir", Path.home() / "results"),  # a shell leaves this one alone
+        (["--dataset=~/a.npz"], "dataset", str(Path.home() / "a.npz")),
     ],
 )
 def test_spellings_of_people_and_of_sweeps_are_read(flags, field, value):
@@ -85,6 +87,12 @@ def test_the_defaults_are_the_published_recipe():
         ("--dataset cifar1000", "--dataset must be cifar100"),
         ("--dataset missing.npz", "there is no such file"),
         ("--keras-backend theano", "must be one of jax, torch, tensorflow"),
+        ("--batch-size 10000000000000000000000", "--batch-size must be below 2**31"),
+        ("--mlp-head-units 8 1e22", "--mlp-head-units must be below 2**31"),
+        (f"--node-name {'n' * 300}", "--node-name must have 1 to 128 bytes"),
+        (f"--results-dir {'n' * 300}", "cannot be written"),
+        (f"--checkpoint-path {'n' * 250}.weights.h5", "--checkpoint-path"),
+        (f"--dataset {'n' * 5000}.npz", "there is no such file"),
         ("--checkpoint-path model.h5", "must end in .weights.h5"),
         ("--checkpoint-path /proc/none/a.weights.h5", "cannot be written"),
     ],
@@ -152,6 +160,9 @@ def test_the_environment_wins_over_the_flag_with_a_warning(tmp_path, monkeypatch
     assert capsys.readouterr().err == ""
     assert vit.read_config([*flags, "--keras-backend=jax"]).keras_backend == other[0]
     assert f"KERAS_BACKEND={other[0]} wins over --keras-backend jax" in capsys.readouterr().err
+    monkeypatch.setenv("KERAS_BACKEND", "pytorch")
+    with pytest.raises(cli.ExperimentError, match="KERAS_BACKEND must be one of .* not 'pytorch'"):
+        vit.read_config(flags)
     monkeypatch.delenv("KERAS_BACKEND")
     assert vit.read_config([*flags, f"--keras-backend={other[0]}"]).keras_backend == other[0]
 
