@@ -15,12 +15,11 @@ and records it. results.schema.json explains every figure.
 
 Exit status: 0 the run is complete; 1 an unexpected error, with its traceback; 2 wrong input or nothing to run on (a flag,
 the data, a folder that cannot be written, a device that does not work); 3 out of memory; 4 the loss is not a finite
-number; 130 and 143 stopped by SIGINT (Ctrl-C) and SIGTERM. One line says what is wrong; --debug shows where.
+number; 129, 130 and 143 stopped by SIGHUP, SIGINT (Ctrl-C) and SIGTERM. One line says what is wrong; --debug shows where.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import math
 import os
@@ -37,6 +36,7 @@ from dotenv import load_dotenv
 
 from edgebench import cli, process
 from edgebench.cli import BACKENDS, ExperimentError, require
+from edgebench.files import WeightsFile, require_replaceable
 
 # ------------ Configuration: the fields are the flags, their docstrings the help ------------
 
@@ -193,14 +193,11 @@ class ViTConfig:
         require(cli.is_installed(backend), f"the backend {backend} is not installed: {install}")
         has_wandb = not self.use_wandb or cli.is_installed("wandb")
         require(has_wandb, "W&B is not installed: pip install wandb, or run with --no-use-wandb")
-        node_bytes = len(os.fsencode(self.node_name))  # it is part of a file's name
-        require(1 <= node_bytes <= 128, f"--node-name must have 1 to 128 bytes, not {node_bytes}")
-        for tag in self.wandb_tags:
-            require(1 <= len(tag) <= 64, f"--wandb-tags must have 1 to 64 characters each, not {len(tag)}")
+        for name, text in (("node_name", self.node_name), *(("wandb_tags", tag) for tag in self.wandb_tags)):
+            require(1 <= len(text) <= 64, f"{cli.flag(name)} must have 1 to 64 characters, not {len(text)}")
         path = self.checkpoint_path
         require(path.name.endswith(".weights.h5"), f"--checkpoint-path must end in .weights.h5, not {str(path)!r}")
-        require(not os.path.isdir(path), f"--checkpoint-path {str(path)!r} is a folder")
-        cli.require_writable_folder(path.parent, "--checkpoint-path")
+        require_replaceable(path, "--checkpoint-path")
         cli.require_writable_folder(self.results_dir, "--results-dir")
 
 
@@ -253,7 +250,6 @@ with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_p
     from edgebench import costs, datasets, device, energy, measure, resume, timing
     from edgebench.callbacks import EpochSeeds, FiniteLoss, ReturnFreedMemory, StopSignals
     from edgebench.compile_cache import CompileCache
-    from edgebench.files import InMemoryWeights, replacing
     from edgebench.layers import Attention, Dropout, attention_path, random_uniform
     from edgebench.load import LoadMeter, peak_rss_bytes
     from edgebench.results import recording, start_results, training_sections
@@ -480,7 +476,7 @@ def create_vit_classifier(
 
 
 class BestWeights(keras.callbacks.Callback):
-    """Keeps the weights of the best epoch by validation accuracy, in memory and as a file that is written atomically.
+    """Keeps the weights of the best epoch by validation accuracy, in memory and in `file`.
 
     The run evaluates the copy in memory, as other runs may share the file's path. (keras.callbacks.ModelCheckpoint writes
     in place.) Without validation images every epoch counts as better than the one before.
@@ -488,7 +484,7 @@ class BestWeights(keras.callbacks.Callback):
 
     def __init__(self, path: Path, epoch: int = 0, accuracy: float = -math.inf, weights: Sequence[np.ndarray] = ()):
         super().__init__()
-        self.path, self.epoch, self.accuracy, self.weights = path, epoch, accuracy, weights
+        self.file, self.epoch, self.accuracy, self.weights = WeightsFile(path), epoch, accuracy, weights
 
     def on_epoch_end(self, epoch, logs=None):
         accuracy = (logs or {}).get("val_accuracy")
@@ -497,17 +493,7 @@ class BestWeights(keras.callbacks.Callback):
         self.epoch, self.weights = epoch + 1, device.copy_values(self.model.weights)
         if accuracy is not None:
             self.accuracy = accuracy
-        self.write(self.model)
-
-    def write(self, model: keras.Model) -> None:
-        """Write the weights of `model`, which are now the best ones."""
-        try:
-            file = InMemoryWeights()
-            model.save_weights(file)
-            with replacing(self.path) as scratch:
-                scratch.write_bytes(file.getbuffer())
-        except OSError as error:
-            cli.warn(f"the best weights stay in memory, {self.path} cannot be written ({cli.one_line(error)})")
+        self.file.write(self.model)
 
 
 class CustomWandbCallback(keras.callbacks.Callback):
@@ -585,7 +571,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
 
     Once the data are loaded, the results, as results.schema.json describes them, are also printed, written to
     `config.results_dir` and sent to W&B, however the run ends. `callbacks` come after the run's own in every epoch. Raises
-    ExperimentError for an expected failure, Interrupted for SIGINT and SIGTERM, and otherwise whatever went wrong.
+    ExperimentError for an expected failure, Interrupted for a signal, and otherwise whatever went wrong.
     """
     backend = keras.backend.backend()
     config = replace(config, keras_backend=backend)  # for callers that have imported this module
@@ -603,7 +589,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
     results["what"] |= data.describe() | {"train_flops_per_image": size.train_flops_per_image}
     run_identity = identity(config, data)
     resume_path = resume.path_of(config.checkpoint_path, run_identity)
-    progress = resume.read(resume_path, run_identity) if config.resume else resume.Progress()
+    progress = resume.read(resume_path, run_identity, config.num_epochs) if config.resume else resume.Progress()
     first_epoch, images = len(progress.epochs), config.micro_batch_size
     is_resumable = not os.environ.get("WANDB_SWEEP_ID")  # nobody resumes a sweep's trials, and they would fill the disk
     if is_resumable and resume_path.exists() and not config.resume:
@@ -637,7 +623,9 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 print(f"measuring latency and step time, for up to {budget_s:g} s each (--measure-seconds)")
                 arrays = data.x_train, data.y_train, data.x_test, data.y_test
                 parts = config.gradient_accumulation_steps
-                sections = measure.before_training(model, *arrays, images, parts, budget_s, meters)
+                sections = measure.before_training(
+                    model, *arrays, images, parts, budget_s, meters, signals.raise_if_received
+                )
                 measured = measure.finish(sections, build_s, ready_s)
             else:
                 compiling_epochs.append(first_epoch)  # nothing is compiled before it
@@ -670,6 +658,8 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                     verbose=1 if sys.stdout.isatty() else 2,  # a progress bar, or in a log file a line an epoch
                 )
             finally:  # also where the run ends early
+                resumable = str(resume_path) if is_resumable and resume_path.exists() else None
+                results["files"] = {"weights": best.file.current, "resume": resumable}
                 count = len(data.x_train)
                 training = training_sections(log.epochs, count, compiling_epochs, results["what"], meters, load_meter)
                 waiting = measure.to_first_epoch(log.epochs, None if first_epoch else ready_s, measured)
@@ -681,20 +671,21 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
 
             # Evaluate and record
             device.assign_copies(model.weights, best.weights)
-            if not best.path.exists():  # something has cleaned /tmp, or the file was removed before --resume
-                best.write(model)
+            if not best.file.current:  # not written by this process, replaced by another run, or /tmp was cleaned
+                best.file.write(model)
+            results["files"] = {"weights": best.file.current, "resume": None}
 
             def evaluate() -> dict:
                 return model.evaluate(data.x_test, data.y_test, images, verbose=0, return_dict=True)
 
             test, evaluation = measure.evaluation(evaluate, len(data.x_test), budget_s)
+            signals.raise_if_received()
             for section, figures in evaluation.items():
                 results[section] |= figures
             results["memory"]["peak_rss_bytes"] = peak_rss_bytes()
             results["quality"] |= {"best_epoch": best.epoch, "best_epoch_s": log.epochs[best.epoch - 1].end_s}
             results["quality"]["test"] = {f"test_{name}": value for name, value in test.items()}
-    with contextlib.suppress(OSError):
-        resume_path.unlink(missing_ok=True)
+    resume.finish(resume_path, keeps_state=config.resume)
     return results
 
 

@@ -14,6 +14,7 @@ from edgebench.cli import PROGRAM, Diverged, Interrupted
 from edgebench.datasets import ShuffledBatches
 from edgebench.device import seed_generators
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DIVERGED_ADVICE = "lower --learning-rate, or take another --dtype-policy"
 
 
@@ -68,10 +69,10 @@ class ReturnFreedMemory(keras.callbacks.Callback):
 
 
 class StopSignals(keras.callbacks.Callback):
-    """Lets SIGINT and SIGTERM end the training after the current step, and everything else at once.
+    """Lets SIGINT, SIGTERM and SIGHUP end the training after the current step, and everything else at once.
 
     As a context manager it handles the signals; as a callback it knows when a step is under way. A second signal ends the
-    process at once.
+    process at once. A signal that whoever started the process lets it ignore, as nohup does with SIGHUP, stays ignored.
     """
 
     _received: int | None = None
@@ -85,7 +86,8 @@ class StopSignals(keras.callbacks.Callback):
     def __enter__(self):
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
-            self._handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+            heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._receive) for number in heeded}
         return self
 
     def __exit__(self, *exception):
@@ -106,7 +108,8 @@ class StopSignals(keras.callbacks.Callback):
         elif not self._is_finishing:
             raise Interrupted(number)
 
-    def _raise_if_received(self) -> None:
+    def raise_if_received(self) -> None:
+        """Raise Interrupted if a signal has come: the handler's own exception is lost if it is raised in a callback of XLA."""
         if self._received is not None:
             raise Interrupted(self._received)
 
@@ -114,15 +117,15 @@ class StopSignals(keras.callbacks.Callback):
         self._is_in_step = True
 
     def on_test_begin(self, logs=None):  # the validation is not worth waiting for
-        self._raise_if_received()
+        self.raise_if_received()
         self._is_in_step = False
 
     def on_test_end(self, logs=None):
         self._is_in_step = True
 
     def on_epoch_end(self, epoch, logs=None):
-        self._raise_if_received()
+        self.raise_if_received()
 
     def on_train_end(self, logs=None):
         self._is_in_step = False
-        self._raise_if_received()
+        self.raise_if_received()

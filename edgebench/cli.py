@@ -41,11 +41,14 @@ class Diverged(ExperimentError):
 
 
 class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP has arrived. Not an Exception, so that code which survives errors does not survive this."""
+    """SIGINT, SIGTERM or SIGHUP has arrived. Not an Exception, so that code which survives errors does not survive this.
 
-    def __init__(self, number: int):
+    `left` says what the run leaves and how it goes on.
+    """
+
+    def __init__(self, number: int, left: str = ""):
         super().__init__(signal.Signals(number).name)
-        self.exit_status = 128 + number
+        self.number, self.left, self.exit_status = number, left, 128 + number
 
 
 def require(condition: bool, message: str) -> None:
@@ -79,7 +82,7 @@ def errors_in_one_line(debug: bool = False) -> Iterator[None]:
         print(f"{PROGRAM}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
     except Interrupted as stop:
-        print(f"{PROGRAM}: stopped by {stop}", file=sys.stderr)
+        print(f"{PROGRAM}: stopped by {stop}{stop.left}", file=sys.stderr)
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:  # before the training there is nothing to finish
         sys.exit(128 + signal.SIGINT)

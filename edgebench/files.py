@@ -3,8 +3,11 @@
 import contextlib
 import io
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from edgebench.cli import ExperimentError, one_line, require, require_writable_folder, warn
 
 
 @contextlib.contextmanager
@@ -18,6 +21,52 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def require_replaceable(path: Path, flag: str) -> None:
+    """Raise ExperimentError unless a file at `path`, and others with longer names beside it, can be written."""
+    require(not os.path.isdir(path), f"{flag} {str(path)!r} is a folder")
+    require_writable_folder(path.parent, flag)
+    longest = path.with_name(f".{os.urandom(4).hex()}-{path.name}-{os.urandom(4).hex()}")  # as that of a resume file
+    try:
+        longest.touch()
+        longest.unlink()
+        file, folder = os.lstat(path), os.stat(path.parent)
+    except FileNotFoundError:  # there is nothing to replace
+        return
+    except OSError as error:
+        raise ExperimentError(f"{flag} {str(path)!r} cannot be written ({error.strerror})") from error
+    # In a sticky folder such as /tmp only root and the owners of file and folder may replace it.
+    may_replace = not folder.st_mode & stat.S_ISVTX or os.geteuid() in (0, file.st_uid, folder.st_uid)
+    require(may_replace, f"{flag} {str(path)!r} belongs to another user, who alone may replace it")
+
+
+class WeightsFile:
+    """The file of a model's weights at `path`, written atomically."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._written: os.stat_result | None = None
+
+    def write(self, model) -> None:
+        """Write the weights of a Keras model; where that fails, a warning says why."""
+        self._written = None
+        try:
+            file = InMemoryWeights()
+            model.save_weights(file)
+            with replacing(self.path) as scratch:
+                scratch.write_bytes(file.getbuffer())
+            self._written = os.stat(self.path)
+        except OSError as error:
+            warn(f"the best weights stay in memory, {self.path} cannot be written ({one_line(error)})")
+
+    @property
+    def current(self) -> str | None:
+        """The path, if the file is still the one written last; None where it was not written, or another run has replaced it."""
+        with contextlib.suppress(OSError):
+            if self._written and os.path.samestat(self._written, os.stat(self.path)):
+                return str(self.path)
+        return None
 
 
 class InMemoryWeights(io.BytesIO):

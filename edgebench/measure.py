@@ -27,12 +27,13 @@ Sections = dict[str, dict]
 class StepTimer(keras.callbacks.Callback):
     """Seconds of every step, each waited for, in a `fit` of its own, apart from the epochs; a step may have several batches."""
 
-    def __init__(self, budget_s: float, batches_per_step: int):
+    def __init__(self, budget_s: float, batches_per_step: int, raise_if_stopped: Callable[[], None]):
         super().__init__()
-        self.budget_s, self.batches_per_step = budget_s, batches_per_step
+        self.budget_s, self.batches_per_step, self.raise_if_stopped = budget_s, batches_per_step, raise_if_stopped
         self.seconds: list[float] = []
 
     def on_train_batch_begin(self, batch, logs=None):
+        self.raise_if_stopped()
         if batch % self.batches_per_step == 0:
             self._began = time.perf_counter()
 
@@ -127,7 +128,13 @@ def step_sections(seconds: Sequence[float], budget_s: float) -> Sections:
 
 
 def steps(
-    model: keras.Model, x: np.ndarray, y: np.ndarray, batch_size: int, batches_per_step: int, budget_s: float
+    model: keras.Model,
+    x: np.ndarray,
+    y: np.ndarray,
+    batch_size: int,
+    batches_per_step: int,
+    budget_s: float,
+    raise_if_stopped: Callable[[], None] = lambda: None,
 ) -> Sections:
     """Time of the first training step, which compiles, and of steady ones; the model is afterwards as before.
 
@@ -146,7 +153,7 @@ def steps(
         batches = ShuffledBatches(x[:count], y[:count], min(batch_size, count))
         model.fit(batches, shuffle=False, verbose=0, callbacks=[*timer])
 
-    timer = StepTimer(budget_s, batches_per_step)
+    timer = StepTimer(budget_s, batches_per_step, raise_if_stopped)
     while not is_enough(timer.seconds[1:], budget_s):
         fit(whole, [timer])
     partial_s = 0.0
@@ -173,21 +180,33 @@ def before_training(
     batches_per_step: int,
     budget_s: float,
     meters: Meters,
+    raise_if_stopped: Callable[[], None],
 ) -> Sections:
-    """Latency, throughput and energy of inference, step time and compile times; the model is afterwards as before."""
+    """Latency, throughput and energy of inference, step time and compile times; the model is afterwards as before.
+
+    `raise_if_stopped` is called again and again, and ends the measurement with its exception.
+    """
+
+    def interruptible(function: Callable) -> Callable:
+        def call(*arguments):
+            raise_if_stopped()
+            return function(*arguments)
+
+        return call
 
     def evaluate(x: np.ndarray, y: np.ndarray) -> None:
         model.evaluate(x, y, batch_size, verbose=0)
 
-    predicting = inference(model.predict_on_batch, x_test, batch_size, budget_s)
+    predict, bare = interruptible(model.predict_on_batch), bare_predict(model, x_test[:1])
+    predicting = inference(predict, x_test, batch_size, budget_s)
     peak_bytes = find_device().peak_memory_bytes  # cannot be reset, and training holds more
     return merge(
         predicting,
         {"memory": {"inference_peak_device_bytes": peak_bytes}},
-        inference_energy(meters, lambda: model.predict_on_batch(x_test[:batch_size]), len(x_test[:batch_size])),
-        bare_latency(bare_predict(model, x_test[:1]), NOTHING_COMPILED, x_test, budget_s),
-        steps(model, x_train, y_train, batch_size, batches_per_step, budget_s),
-        compiling_evaluation(evaluate, x_test, y_test, batch_size),
+        inference_energy(meters, lambda: predict(x_test[:batch_size]), len(x_test[:batch_size])),
+        bare_latency(bare and interruptible(bare), NOTHING_COMPILED, x_test, budget_s),
+        steps(model, x_train, y_train, batch_size, batches_per_step, budget_s, raise_if_stopped),
+        compiling_evaluation(interruptible(evaluate), x_test, y_test, batch_size),
     )
 
 

@@ -4,8 +4,11 @@ import contextlib
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,7 +34,7 @@ def start_results(backend: str, packages: dict[str, str], device: Device, config
     known_versions = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     print(f"{known_versions} on {device.name}, node {config['node_name']}")
     print("config: " + " ".join(f"{name}={value}" for name, value in config.items()))
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    (commit, no_git), (status, _) = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     what = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "node": config["node_name"],
@@ -39,7 +42,7 @@ def start_results(backend: str, packages: dict[str, str], device: Device, config
         "is_gpu": device.is_gpu,
         "gpu_id": device.gpu_id,
         "power_mode": POWER_MODE.read_text().strip() if POWER_MODE.exists() else None,
-        "git_commit": _git("rev-parse", "HEAD"),
+        "git_commit": commit,
         "git_dirty": None if status is None else bool(status),
         "backend": backend,
         "versions": versions,
@@ -49,9 +52,9 @@ def start_results(backend: str, packages: dict[str, str], device: Device, config
         "micro_batches": config["gradient_accumulation_steps"],
     }
     memory = dict.fromkeys(("inference_peak_device_bytes", "train_peak_device_bytes"))
-    missing = (
-        {} if device.is_gpu else dict.fromkeys((f"memory/{name}" for name in memory), "the backend runs on the CPU")
-    )
+    missing = {} if commit else {"what/git_commit": no_git}
+    if not device.is_gpu:
+        missing |= dict.fromkeys((f"memory/{name}" for name in memory), "the backend runs on the CPU")
     sections = {"time": {"import_s": import_s}, "memory": memory, "missing": missing}
     return {"schema_version": SCHEMA_VERSION, "status": "failed", "failure": None, "what": what, **sections}
 
@@ -97,12 +100,16 @@ def training_sections(
     }
 
 
-def _git(*arguments: str) -> str | None:
-    """What git prints about the folder of the program; None without git or outside of a checkout."""
-    command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    return None
+def _git(*arguments: str) -> tuple[str | None, str]:
+    """What git prints about the folder of the program, or None and the reason: there is no git, or this is no checkout."""
+    folder = str(Path(__file__).parents[1])
+    # In a container the folder usually belongs to another user, which git refuses by default.
+    command = ["git", "-c", f"safe.directory={folder}", "-C", folder, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, one_line(error)
+    return (None, done.stderr.strip().partition("\n")[0]) if done.returncode else (done.stdout.strip(), "")
 
 
 @contextlib.contextmanager
@@ -113,7 +120,7 @@ def recording(results: dict, folder: Path, signals: StopSignals, wandb_run=None)
         results["status"] = "complete"
     except Interrupted as stop:
         results |= {"status": "interrupted", "failure": str(stop)}
-        raise
+        raise Interrupted(stop.number, _what_is_left(results)) from stop
     except BaseException as error:
         results["failure"] = one_line(error) if isinstance(error, ExperimentError) else repr(error)
         raise
@@ -125,6 +132,16 @@ def recording(results: dict, folder: Path, signals: StopSignals, wandb_run=None)
             summary = {**figures(results), **results.get("quality", {}).get("test", {})}
             summary |= {"num_parameters": results["what"].get("num_parameters"), "failure": results["failure"]}
             finish_wandb(wandb_run, summary, is_complete=results["status"] == "complete")
+
+
+def _what_is_left(results: dict) -> str:
+    """The weights that an interrupted run leaves, and the command that goes on with it."""
+    files, command = results.get("files", {}), shlex.join(["python", *sys.argv])
+    weights = f"; the best weights so far are in {files['weights']}" if files.get("weights") else ""
+    resume = (
+        f"; to go on: {command if '--resume' in sys.argv else command + ' --resume'}" if files.get("resume") else ""
+    )
+    return weights + resume
 
 
 def figures(results: dict) -> dict[str, float | None]:
@@ -164,14 +181,17 @@ def _print_table(results: dict) -> None:
     if results["status"] == "complete":
         quality, test = results["quality"], results["quality"]["test"]
         accuracy, top_5, loss = test["test_accuracy"], test["test_top-5-accuracy"], test["test_loss"]
-        print(f"best weights: epoch {quality['best_epoch']}, in {what['config']['checkpoint_path']}")
+        file = results.get("files", {}).get("weights")
+        print(
+            f"best weights: epoch {quality['best_epoch']}, {f'in {file}' if file else 'not in a file (see the warning)'}"
+        )
         print(f"test accuracy {accuracy:.4f}, top-5 {top_5:.4f}, loss {loss:.4f}")
 
 
 def _write(folder: Path, results: dict) -> None:
     """Write the run's file; a full disk costs the file, not the result on the console."""
     what = results["what"]
-    node = "".join(c if c.isalnum() or c in "-_." else "_" for c in what["node"])
+    node = re.sub(r"[^A-Za-z0-9._-]", "_", what["node"])
     stamp = what["started"].replace(":", "").replace("-", "").partition("+")[0]
     path = folder / f"{stamp}-{node}-{what['backend']}-{os.urandom(4).hex()}.json"
     # JSON has no notation for a number that is not finite: it becomes null.

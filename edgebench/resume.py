@@ -4,16 +4,20 @@ keras.callbacks.BackupAndRestore keeps weights, optimizer and epoch. It leaves o
 device, everything that was measured, and whose state it is.
 """
 
+import contextlib
 import glob
 import json
 import math
+import os
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import keras
 import numpy as np
+import typeguard
 
 from edgebench.cli import ExperimentError, flag, one_line, require, warn
 from edgebench.device import assign_copies, copy_values
@@ -21,6 +25,8 @@ from edgebench.energy import Meters, spans_as_json
 from edgebench.files import replacing
 from edgebench.load import LoadMeter
 from edgebench.timing import Epoch, EpochLog
+
+CHECK_ALL = typeguard.CollectionCheckStrategy.ALL_ITEMS
 
 
 @dataclass
@@ -32,8 +38,8 @@ class Progress:
     compiling_epochs: list[int] = field(default_factory=list)  # by index: those that a process compiled in
     wandb_id: str | None = None
     measured: dict[str, dict] = field(default_factory=dict)  # sections of the results, measured before the training
-    energy_spans: dict[str, list] = field(default_factory=dict)
-    load_spans: list[dict | None] = field(default_factory=list)
+    energy_spans: dict[str, list[list[list[float | list[float | None]]]]] = field(default_factory=dict)
+    load_spans: list[dict[str, Any] | None] = field(default_factory=list)
     best_epoch: int = 0
     best_accuracy: float = -math.inf
     variables: list[np.ndarray] = field(default_factory=list)
@@ -47,11 +53,19 @@ def path_of(checkpoint_path: Path, identity: dict) -> Path:
     return checkpoint_path.with_name(f"{stem}.{digest:08x}.resume.npz")
 
 
-def read(path: Path, identity: dict) -> Progress:
-    """What the interrupted run with this identity has left; nothing where there is no file.
+def _of_complete_run(path: Path) -> Path:
+    """The file that a complete run leaves in place of `path`."""
+    return path.with_name(path.name.replace(".resume.npz", ".complete.npz"))
 
-    Raises ExperimentError for a damaged file, and where only a run with another identity was interrupted.
+
+def read(path: Path, identity: dict, num_epochs: int) -> Progress:
+    """What the run with this identity has left, interrupted or complete; nothing where there is no file.
+
+    Raises ExperimentError for a damaged file, where more epochs than `num_epochs` are done, where a complete run has not kept
+    its state, and where only a run with another identity was interrupted.
     """
+    if not path.exists() and _of_complete_run(path).exists():
+        path = _of_complete_run(path)
     if not path.exists():
         _require_no_other_run(path, identity)
         print(f"resume: nothing at {path}, starting anew")
@@ -68,12 +82,35 @@ def read(path: Path, identity: dict) -> Progress:
         if missing := names - state.keys():
             raise ValueError(f"{', '.join(sorted(missing))} missing")
         progress = Progress(**{name: state[name] for name in names})
+        for item in (progress, *progress.epochs):
+            for name, kind in get_type_hints(type(item)).items():
+                typeguard.check_type(getattr(item, name), kind, collection_check_strategy=CHECK_ALL)
     except Exception as error:  # zipfile, zlib, json and numpy raise a dozen types
         message = f"--resume: {path} is damaged ({one_line(error)}); remove it to start anew"
         raise ExperimentError(message) from error
-    progress.resumed_after_epochs.append(len(progress.epochs))
-    print(f"resume: {len(progress.epochs)} epochs are done")
+    done = len(progress.epochs)
+    require(done <= num_epochs, f"--resume: {done} epochs are done, more than --num-epochs {num_epochs}")
+    anew = "without --resume it starts anew, and with it from the start on it can go on when it is complete"
+    require(
+        bool(progress.variables),
+        f"--resume: this run is complete after {done} epochs, and kept nothing to go on with; {anew}",
+    )
+    progress.resumed_after_epochs.append(done)
+    print(f"resume: {done} epochs are done")
     return progress
+
+
+def finish(path: Path, keeps_state: bool) -> None:
+    """Mark the run at `path` as complete. Its state is large, and is kept only where a longer run is to go on from it."""
+    with contextlib.suppress(OSError):  # nothing was written, or nothing can be
+        if keeps_state:
+            os.replace(path, _of_complete_run(path))
+            return
+        with zipfile.ZipFile(path) as whole:
+            progress = whole.read("progress.npy")
+        with replacing(_of_complete_run(path)) as scratch, zipfile.ZipFile(scratch, "w") as archive:
+            archive.writestr("progress.npy", progress)
+        path.unlink()
 
 
 def _require_no_other_run(path: Path, identity: dict) -> None:
@@ -100,6 +137,7 @@ def restore(model: keras.Model, progress: Progress, path: Path) -> list[np.ndarr
     variables, values = _variables(model), [*progress.variables, *progress.best_weights]
     expected = [*variables, *(model.weights if progress.best_weights else [])]
     fits = [value.shape for value in values] == [tuple(variable.shape) for variable in expected]
+    fits = fits and all(value.dtype.kind in "fiu" for value in values)
     require(fits, f"--resume: {path} does not fit the model of this version of Keras; remove it to start anew")
     assign_copies(variables, progress.variables)
     return progress.best_weights or copy_values(model.weights)

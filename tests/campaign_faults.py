@@ -380,7 +380,7 @@ def damaged(count: int, rng: random.Random, folder: Path) -> None:
             if target == "data":
                 load(config)
             else:
-                progress = resume.read(resume_file, vit.identity(config, data))
+                progress = resume.read(resume_file, vit.identity(config, data), EPOCHS)
                 resume.restore(model, progress, resume_file)
         except cli.ExperimentError as error:
             tallies[f"{target} refused"] += 1

@@ -89,7 +89,7 @@ def test_the_defaults_are_the_published_recipe():
         ("--keras-backend theano", "must be one of jax, torch, tensorflow"),
         ("--batch-size 10000000000000000000000", "--batch-size must be below 2**31"),
         ("--mlp-head-units 8 1e22", "--mlp-head-units must be below 2**31"),
-        (f"--node-name {'n' * 300}", "--node-name must have 1 to 128 bytes"),
+        (f"--node-name {'n' * 300}", "--node-name must have 1 to 64 characters"),
         (f"--results-dir {'n' * 300}", "cannot be written"),
         (f"--checkpoint-path {'n' * 250}.weights.h5", "--checkpoint-path"),
         (f"--dataset {'n' * 5000}.npz", "there is no such file"),

@@ -54,19 +54,21 @@ def errors(run: Run) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, start_vit, tmp_path):
-    """Results, best weights and the W&B run are finished, and the exit status names the signal.
+    """Results, best weights and the W&B run are finished, the last line says how to go on, and the status names the signal.
 
     The environment chooses the backend, against the flag.
     """
-    backend = INSTALLED[0] if number == signal.SIGTERM else INSTALLED[-1]
+    backend = INSTALLED[0] if number == signal.SIGHUP else INSTALLED[-1]
     environment = {"WANDB_MODE": "offline", "KERAS_BACKEND": backend}
     process = start_vit(*f"{SMALL} --num-epochs 1000 --keras-backend jax".split(), environment=environment)
     wait_for_line(process, "Epoch 3/1000")
     process.send_signal(number)
     run = finish(process)
-    assert run.status == status and f"vit.py: stopped by {number.name}" in run.stderr, run
+    last = [line for line in run.stderr.splitlines() if line.startswith("vit.py: ")][-1]  # TensorFlow may say more
+    assert run.status == status and last.startswith(f"vit.py: stopped by {number.name}; "), run
+    assert "the best weights so far are in a.weights.h5; to go on: python " in last and last.endswith(" --resume")
     assert ("wins over --keras-backend jax" in run.stderr) == (backend != "jax")
     assert "Traceback" not in run.stderr and "  quality/" not in run.stderr
     results = only_results(tmp_path)
@@ -86,7 +88,7 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vi
     """SIGKILL after two epochs: the same weights bit for bit, the same history, the same test figures.
 
     An epoch ends with small batches that do not fill a whole one. The checkpoint may be removed in between, although no
-    epoch is left to write it again.
+    epoch is left to write it again. A run that is complete goes on in the same way, if it was started with --resume.
     """
     paths = {name: tmp_path / name / "a.weights.h5" for name in ("whole", "killed", "without checkpoint")}
 
@@ -106,10 +108,15 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vi
     if backend == INSTALLED[0]:
         refused = run_vit(*flags("killed"), "--learning-rate", "0.002")
         assert "has --learning-rate 0.001 (not 0.002)" in refused.error_line
+        assert "2 epochs are done" in run_vit(*flags("killed"), "--num-epochs", "1").error_line
         shutil.copytree(paths["killed"].parent, paths["without checkpoint"].parent)
         paths["without checkpoint"].unlink()
         assert run_vit(*flags("without checkpoint"), "--num-epochs", "2").status == 0
         assert_same_weights(paths["killed"], paths["without checkpoint"])
+        longer = run_vit(*flags("without checkpoint"))
+        assert longer.status == 0 and "resume: 2 epochs are done" in longer.stdout, longer
+        assert_same_weights(paths["whole"], paths["without checkpoint"])
+        assert "more than --num-epochs 2" in run_vit(*flags("without checkpoint"), "--num-epochs", "2").error_line
         resumed = finish(start_vit(*flags("killed")))
     else:
         resumed = run_vit(*flags("killed"))
@@ -120,7 +127,8 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vi
     assert first["quality"]["epochs"] == second["quality"]["epochs"]
     assert first["quality"]["test"] == second["quality"]["test"]
     assert len(second["time"]["epoch_s"]) == 3
-    assert sorted(p.name for p in paths["killed"].parent.iterdir() if p.suffix != ".json") == ["a.weights.h5"]
+    rest = [path.suffixes[-2:] for path in sorted(paths["killed"].parent.iterdir()) if path.suffix != ".json"]
+    assert rest == [[".complete", ".npz"], [".weights", ".h5"]]
 
 
 def identity_of(tmp_path: Path, dataset: Path, **changes) -> tuple[Path, dict]:
@@ -133,7 +141,7 @@ def identity_of(tmp_path: Path, dataset: Path, **changes) -> tuple[Path, dict]:
 def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_line(tmp_path, digits):
     """Another model, other data, cut short, one bit wrong, a key missing, renamed from another run."""
     path, identity = identity_of(tmp_path, digits)
-    assert resume.read(path, identity) == resume.Progress()
+    assert resume.read(path, identity, 9) == resume.Progress()
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("adam", "mse")
     epochs = [timing.Epoch({"loss": 1.0}, train_s=1.0, end_s=2.0)]
@@ -144,7 +152,7 @@ def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_lin
     kept = model.get_weights()
 
     assert identity_of(tmp_path, digits, num_epochs=99) == (path, identity)  # how long may change
-    progress = resume.read(path, identity)
+    progress = resume.read(path, identity, 9)
     assert (progress.epochs, progress.best_epoch, progress.resumed_after_epochs) == (epochs, 1, [1])
     assert progress.best_accuracy == 0.0  # and not less than any
     model.set_weights([weight + 1 for weight in kept])
@@ -158,13 +166,13 @@ def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_lin
 
     for changes, flag in [({"projection_dim": 32}, "--projection-dim 64 (not 32)"), ({"seed": 1}, "--seed 0 (not 1)")]:
         with pytest.raises(cli.ExperimentError) as refused:
-            resume.read(*identity_of(tmp_path, digits, **changes))
+            resume.read(*identity_of(tmp_path, digits, **changes), 9)
         assert flag in str(refused.value)
     with np.load(digits) as data:
         inverted = {name: 255 - array if name[0] == "x" else array for name, array in data.items()}
     np.savez(tmp_path / "other.npz", **inverted)
     with pytest.raises(cli.ExperimentError, match="--dataset"):
-        resume.read(*identity_of(tmp_path, tmp_path / "other.npz"))
+        resume.read(*identity_of(tmp_path, tmp_path / "other.npz"), 9)
 
     good = path.read_bytes()
     flipped = bytearray(good)
@@ -179,12 +187,12 @@ def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_lin
     for content in damaged.values():
         path.write_bytes(content)
         with pytest.raises(cli.ExperimentError, match="is damaged") as refused:
-            resume.read(path, identity)
+            resume.read(path, identity, 9)
         assert "\n" not in str(refused.value)
     path, identity = identity_of(tmp_path, digits, seed=1)
     path.write_bytes(good)
     with pytest.raises(cli.ExperimentError, match="is damaged .it belongs to another run"):
-        resume.read(path, identity)
+        resume.read(path, identity, 9)
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_the_last_good_weights_stay(digits, run_vit, tmp_path):
