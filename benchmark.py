@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from edgebench.cli import ExperimentError, Interrupted, SteadyStream, one_line, require, require_writable_folder
+from edgebench.cli import ExperimentError, Interrupted, one_line, require, require_writable_folder, steady_streams
 from edgebench.compare import items, launch
 from edgebench.compare.report import write_report
 from edgebench.compare.runs import read_failures, read_results
@@ -62,10 +62,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--repeats", type=int, metavar="N", help=repeats_help)
     parser.add_argument("--cold", action="store_true", help=cold_help)
     parser.add_argument("--baseline", metavar="NAME", help=baseline_help)
-    parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)
-    parser.add_argument(
-        "--report", nargs="+", type=Path, metavar="DIR", help="run nothing; report on the results below DIR"
-    )
+    parser.add_argument("--out", type=launch.folder, metavar="DIR", help=out_help)
+    report_help = "run nothing; report on the results below DIR"
+    parser.add_argument("--report", nargs="+", type=launch.folder, metavar="DIR", help=report_help)
     args = parser.parse_args(argv[:split])
     flags = argv[split + 1 :]
     if args.report:
@@ -117,6 +116,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # `benchmark.py | head` must not lose the runs that are left.
-    sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
+    steady_streams()  # `benchmark.py | head` must not lose the runs that are left
     sys.exit(main(sys.argv[1:]))

@@ -43,6 +43,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise ExperimentError(f"{message}{hint} (see --help)")
 
 
+def folder(text: str) -> Path:
+    """Return the folder that an argument names: a shell leaves the ~ of `--out=~/x` as it is."""
+    return Path(os.path.expanduser(text))
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Raise Interrupted on SIGINT and SIGTERM inside the block. After it, either of them ends the process at once."""
