@@ -70,13 +70,12 @@ class ShuffledBatches(keras.utils.PyDataset):
 
 def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of every channel of (N, H, W, C), as Normalization.adapt computes them, which takes seconds on JAX."""
-    count = images[..., 0].size
     total = square = 0.0
-    for start in range(0, len(images), 1024):  # as float64 all images at once would be a gigabyte
-        part = images[start : start + 1024].astype(np.float64)
-        total, square = total + part.sum((0, 1, 2)), square + np.square(part).sum((0, 1, 2))
-    mean = total / count
-    return mean, np.maximum(square / count - mean**2, 0)
+    for start in range(0, len(images), 64):  # as many as a processor's cache holds as float64
+        part = images[start : start + 64].reshape(-1, images.shape[3]).T.astype(np.float64, order="C")
+        total, square = total + part.sum(1), square + np.einsum("cn,cn->c", part, part)
+    mean = total / images[..., 0].size
+    return mean, np.maximum(square / images[..., 0].size - mean**2, 0)
 
 
 def make_synthetic() -> dict[str, np.ndarray]:
