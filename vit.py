@@ -247,7 +247,7 @@ with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_p
     import numpy as np
     from keras import layers, ops
 
-    from edgebench import costs, datasets, device, energy, measure, resume, timing
+    from edgebench import costs, data_checks, datasets, device, energy, measure, resume, timing
     from edgebench.callbacks import EpochSeeds, FiniteLoss, ReturnFreedMemory, StopSignals
     from edgebench.compile_cache import CompileCache
     from edgebench.layers import Attention, Dropout, attention_path, random_uniform
@@ -265,7 +265,7 @@ IMPORT_S = process.age_s()
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, height, width, channels), uint8 or float, and labels (N,) below `num_classes`; `val` may be empty.
+    """Images (N, height, width, channels), uint8 or float32, and labels (N,) below `num_classes`; `val` may be empty.
 
     `moments` are mean and variance of every channel, over training and validation as in the keras.io example: were they
     those of the split, JAX would compile anew for every seed.
@@ -293,12 +293,12 @@ class Dataset:
 
 def load_dataset(dataset: str, validation_split: float, seed: int) -> Dataset:
     """Load cifar100, cifar10, synthetic or an .npz file, and set apart the validation part; ExperimentError if it cannot be used."""
-    arrays = datasets.load_arrays(dataset)
-    x, y, x_test, y_test = (arrays[name] for name in datasets.ARRAY_NAMES)
+    x, y, x_test, y_test = map(datasets.load_arrays(dataset).get, datasets.ARRAY_NAMES)
     train, val = datasets.stratified_split(y, validation_split, seed)
     require(len(train) > 0, f"--validation-split {validation_split} leaves none of the {len(y)} images for training")
-    num_classes = int(max(y.max(), y_test.max())) + 1
+    num_classes = data_checks.count_classes(dataset, y[train], y[val], y_test)
     moments = datasets.channel_moments(x)
+    data_checks.check_moments(dataset, moments, datasets.channel_moments(x_test))
     return Dataset(x[train], y[train], x[val], y[val], x_test, y_test, num_classes, moments)
 
 

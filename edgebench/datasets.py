@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from edgebench.cli import ExperimentError, OutOfMemory, require
+from edgebench.data_checks import check_shapes, usable_images, usable_labels
 from edgebench.files import replacing
 
 ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
@@ -20,7 +21,7 @@ STALLED_S = 30  # seconds without a byte after which a download ends
 
 
 def load_arrays(dataset: str) -> dict[str, np.ndarray]:
-    """The four arrays of `dataset` by name: x (N, height, width, channels) as stored, y (N,) integers.
+    """The four arrays of `dataset` by name: x (N, height, width, channels) uint8 or float32, y (N,) int64.
 
     `dataset` is cifar10, cifar100, synthetic or the path of an .npz file. Raises ExperimentError if it cannot be used.
     """
@@ -70,12 +71,14 @@ class ShuffledBatches(keras.utils.PyDataset):
 
 def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of every channel of (N, H, W, C), as Normalization.adapt computes them, which takes seconds on JAX."""
+    count, origin = images[..., 0].size, images[0, 0, 0].astype(np.float64)[:, None]
     total = square = 0.0
-    for start in range(0, len(images), 64):  # as many as a processor's cache holds as float64
-        part = images[start : start + 64].reshape(-1, images.shape[3]).T.astype(np.float64, order="C")
+    step = max(1, 65536 // images[0, ..., 0].size)  # as many images as a processor's cache holds as float64
+    for start in range(0, len(images), step):
+        part = images[start : start + step].reshape(-1, images.shape[3]).T.astype(np.float64, order="C")
+        part -= origin  # nothing is lost where the mean is large, and the variance of a constant is 0
         total, square = total + part.sum(1), square + np.einsum("cn,cn->c", part, part)
-    mean = total / images[..., 0].size
-    return mean, np.maximum(square / images[..., 0].size - mean**2, 0)
+    return origin[:, 0] + total / count, np.maximum(square / count - (total / count) ** 2, 0)
 
 
 def make_synthetic() -> dict[str, np.ndarray]:
@@ -104,7 +107,9 @@ def load_cifar(name: str) -> dict[str, np.ndarray]:
     seconds, and a second process can read half-written files. So the arrays are cached as one uncompressed .npz, and only
     one process at a time calls Keras.
     """
-    folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "datasets"
+    home = os.path.expanduser("~")
+    home = "/tmp" if home == "~" else home  # without a home, that is Keras' choice
+    folder = Path(os.environ.get("KERAS_HOME") or f"{home}/.keras", "datasets")
     cache, timeout = folder / f"vit-{name}.npz", socket.getdefaulttimeout()
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a folder that cannot be written has no lock and no cache
@@ -143,18 +148,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     missing = [name for name in ARRAY_NAMES if name not in arrays]
     require(not missing, f"{path}: {' and '.join(missing)} missing; needed are {', '.join(ARRAY_NAMES)}")
     for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        images, labels = f"{path}: x_{part}", f"{path}: y_{part}"
-        require(x.ndim == 4, f"{images} must have the shape (images, height, width, channels), not {x.shape}")
-        require(x.size > 0, f"{images} is empty, of shape {x.shape}")
-        require(x.dtype.kind in "uif", f"{images} must hold numbers, not {x.dtype}")
-        require(x.dtype.kind != "f" or bool(np.isfinite(x).all()), f"{images} holds values that are not finite")
-        require(y.dtype.kind in "ui", f"{labels} must hold integers, not {y.dtype}")
-        require(y.shape in ((len(x),), (len(x), 1)), f"{labels} must hold one label an image, {len(x)}, not {y.shape}")
-        require(y.min() >= 0, f"{labels} holds negative labels")
-        arrays[f"y_{part}"] = y.reshape(-1).astype(np.int64)
-    train, test = arrays["x_train"].shape, arrays["x_test"].shape
-    require(train[1:] == test[1:], f"{path}: images differ in shape: x_train {train}, x_test {test}")
-    label = max(arrays["y_train"].max(), arrays["y_test"].max())
-    require(label < train[0], f"{path}: labels go up to {label}, but there are only {train[0]} training images")
+        x = usable_images(arrays[f"x_{part}"], f"{path}: x_{part}")
+        y = usable_labels(arrays[f"y_{part}"], f"{path}: y_{part}", len(x), len(arrays["x_train"]))
+        arrays |= {f"x_{part}": x, f"y_{part}": y}
+    check_shapes(arrays["x_train"].shape, arrays["x_test"].shape, path)
     return arrays

@@ -41,7 +41,7 @@ def test_anyones_images_are_loaded_with_shape_and_classes_from_the_data(tmp_path
     [
         ({"y_test": None, "x_test": None}, "x_test and y_test missing"),
         ({"x_train": np.zeros((20, 64))}, "x_train must have the shape (images, height, width, channels)"),
-        ({"x_train": np.zeros((20, 8, 8, 1), "U1")}, "x_train must hold numbers"),
+        ({"x_train": np.zeros((20, 8, 8, 1), "U1")}, "x_train must hold real numbers"),
         ({"x_train": np.full((20, 8, 8, 1), np.nan)}, "not finite"),
         ({"x_test": np.zeros((0, 8, 8, 1)), "y_test": np.zeros(0, int)}, "x_test is empty"),
         ({"x_test": np.zeros((8, 9, 8, 1))}, "images differ in shape"),
