@@ -17,6 +17,8 @@ from conftest import ROOT
 import vit
 from edgebench import cli, datasets
 
+IMAGES = np.random.default_rng(1).integers(0, 256, (20, 8, 8, 1))
+
 
 def arrays(**changes) -> dict:
     rng = np.random.default_rng(0)
@@ -42,13 +44,28 @@ def test_anyones_images_are_loaded_with_shape_and_classes_from_the_data(tmp_path
         ({"y_test": None, "x_test": None}, "x_test and y_test missing"),
         ({"x_train": np.zeros((20, 64))}, "x_train must have the shape (images, height, width, channels)"),
         ({"x_train": np.zeros((20, 8, 8, 1), "U1")}, "x_train must hold real numbers"),
+        ({"x_train": np.zeros((20, 8, 8, 1), complex)}, "x_train must hold real numbers, not complex128"),
+        ({"x_train": np.zeros((20, 8, 8, 1), "M8[s]")}, "x_train must hold real numbers"),
         ({"x_train": np.full((20, 8, 8, 1), np.nan)}, "not finite"),
+        (
+            {"x_test": np.where(IMAGES[:8] == IMAGES[0, 0, 0, 0], np.nan, IMAGES[:8])},
+            "x_test holds values that are not finite",
+        ),
+        ({"x_train": IMAGES * 1e300}, "too large for float32"),
+        ({"x_train": IMAGES * np.longdouble("1e4000")}, "too large for float32"),
+        ({"x_train": IMAGES + 2**50}, "too close for float32: subtract the mean"),
+        ({"x_train": -IMAGES - 2.0**40}, "too close for float32: subtract the mean"),
+        ({"x_train": IMAGES.reshape(20, 1, 8, 8), "x_test": np.zeros((8, 1, 8, 8))}, "channels first"),
+        ({"x_train": np.zeros((20, 3, 9, 9)), "x_test": np.zeros((8, 3, 9, 9))}, "x.transpose(0, 2, 3, 1)"),
         ({"x_test": np.zeros((0, 8, 8, 1)), "y_test": np.zeros(0, int)}, "x_test is empty"),
         ({"x_test": np.zeros((8, 9, 8, 1))}, "images differ in shape"),
         ({"y_train": np.zeros(19, int)}, "one label an image"),
         ({"y_train": np.zeros(20)}, "y_train must hold integers"),
         ({"y_train": np.array("a")}, "y_train must hold integers"),
+        ({"y_train": np.eye(20, dtype=int)}, "one label an image"),  # one-hot
         ({"y_test": np.full(8, -1)}, "negative"),
+        ({"y_test": np.full(8, 2**64 - 1, np.uint64)}, "labels go up to 18446744073709551615"),
+        ({"y_test": np.full(8, 20)}, "labels go up to 20, but there are only 20 training images"),
         ({"y_train": np.full(20, 10**12)}, "labels go up to"),
         ({"x_train": np.array([object()])}, "cannot be read"),
     ],
@@ -58,6 +75,101 @@ def test_wrong_arrays_are_one_clear_line(changes, message, tmp_path):
     with pytest.raises(cli.ExperimentError, match="own.npz") as refused:
         datasets.load_arrays(str(tmp_path / "own.npz"))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train": np.full((20, 8, 8, 1), 7)}, "standard deviations [0.], which cannot be normalized"),
+        ({"x_train": IMAGES * 1e36}, "which cannot be normalized in float32: scale the images"),
+        ({"x_train": IMAGES * 1e-14, "x_test": IMAGES[:8] * 1e-14}, "which cannot be normalized in float32"),
+        ({"x_train": IMAGES * [1, 1e-14], "x_test": IMAGES[:8] * [1, 1e-14]}, "which cannot be normalized"),
+        ({"x_test": IMAGES[:8] / 255}, "x_test lies"),
+        ({"x_train": IMAGES / 255}, "scale both alike"),
+        ({"x_train": IMAGES / 127.5 - 1}, "scale both alike"),
+        ({"x_test": IMAGES[:8].astype(np.uint16) * 257}, "scale both alike"),
+        ({"x_test": np.zeros((8, 8, 8, 1))}, "scale both alike"),
+        # A constant channel has no deviation that another value could be normalized by.
+        ({"x_train": IMAGES * [1, 0] + [0, 255], "x_test": IMAGES[:8] * [1, 0] + [0, 254]}, "scale both alike"),
+        ({"y_train": np.full(20, 3)}, "all training images have the label 3"),
+    ],
+)
+def test_data_that_cannot_be_learned_from_are_one_clear_line(changes, message, tmp_path):
+    """No normalization in float32, another scale of the test images, one class: never trained without a word."""
+    np.savez(tmp_path / "own.npz", **arrays(**changes))
+    with pytest.raises(cli.ExperimentError, match="own.npz") as refused:
+        vit.load_dataset(str(tmp_path / "own.npz"), validation_split=0.1, seed=0)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"y_train": np.arange(20) % 4 + 1, "y_test": np.arange(8) % 4 + 1},
+            "1 of 5 classes have no training image (label 0)",
+        ),
+        ({"y_test": np.arange(8)}, "4 of 8 classes have no training image (label 4, 5, 6, 7), and 4 test images"),
+        ({"y_train": np.arange(20) % 2 * 19}, "(label 1, 2, 3, 4, 5, ...), and 6 test images"),
+        ({"x_test": IMAGES[:8] // 16}, "are both scaled alike?"),
+        ({"x_train": IMAGES // 16}, "are both scaled alike?"),
+        (
+            {"x_train": np.tile(IMAGES, (1, 1, 1, 5))[:, :3], "x_test": np.tile(IMAGES, (1, 1, 1, 5))[:8, :3]},
+            "channels first",
+        ),
+    ],
+)
+def test_suspicious_data_cost_one_warning(changes, message, tmp_path, capsys):
+    """They could be meant: a class that only other data have, another camera, a flat image of many bands."""
+    np.savez(tmp_path / "own.npz", **arrays(**changes))
+    vit.load_dataset(str(tmp_path / "own.npz"), validation_split=0, seed=0)
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("vit.py: warning: ") and stderr.count("\n") == 1 and message in stderr
+
+
+@pytest.mark.parametrize(
+    ("images", "dtype"),
+    [
+        (IMAGES.astype(np.uint8), np.uint8),
+        (np.asfortranarray(IMAGES.astype(np.uint8)), np.uint8),
+        (IMAGES[..., 0].astype(np.uint8), np.uint8),  # gray, without channels
+        (IMAGES > 127, np.uint8),
+        *(
+            (IMAGES.astype(dtype), np.float32)
+            for dtype in ("i2", ">u2", "u4", "i8", "u8", ">i8", "f2", ">f4", "f8", "g")
+        ),
+        (IMAGES + 2**33 * (IMAGES > 127), np.float32),
+        (IMAGES * [[1, 0]] + [[0, 255]], np.float32),  # a constant channel, as of opacity
+        (IMAGES * 1e16, np.float32),
+        (IMAGES * 1e-7 - 1e-6, np.float32),
+    ],
+)
+def test_every_type_of_image_becomes_one_that_all_backends_take(images, dtype, tmp_path, capsys):
+    """Bytes stay bytes, all other numbers become float32, in the machine's byte order and the order of C; values stay."""
+    labels = {"y_train": (np.arange(20) % 2).astype(">u8"), "y_test": np.arange(8) % 2 == 1}
+    np.savez(tmp_path / "own.npz", **arrays(x_train=images, x_test=images[:8], **labels))
+    loaded = datasets.load_arrays(str(tmp_path / "own.npz"))
+    assert (
+        loaded["x_train"].dtype == dtype and loaded["x_train"].dtype.isnative and loaded["x_train"].flags.c_contiguous
+    )
+    np.testing.assert_array_equal(loaded["x_train"].reshape(images.shape), images.astype(dtype))
+    assert loaded["y_train"].dtype == loaded["y_test"].dtype == np.int64 and loaded["y_train"].dtype.isnative
+    data = vit.load_dataset(str(tmp_path / "own.npz"), validation_split=0.1, seed=0)
+    exact = loaded["x_train"].astype(np.longdouble)
+    np.testing.assert_allclose(data.moments[0], exact.mean((0, 1, 2)).astype(float), rtol=1e-9)
+    np.testing.assert_allclose(data.moments[1], exact.var((0, 1, 2)).astype(float), rtol=1e-9)
+    assert capsys.readouterr().err == ""
+
+
+def test_cifar_needs_no_home(tmp_path, monkeypatch):
+    """As in a container whose user has neither HOME nor an entry in passwd; Keras then takes /tmp."""
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.setattr(datasets.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(datasets.keras.datasets.cifar10, "load_data", lambda: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cli.ExperimentError, match="at /tmp/.keras/datasets/cifar-10-batches-py-target_archive"):
+        datasets.load_arrays("cifar10")
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_files_are_refused_and_never_a_traceback(tmp_path):
