@@ -1,4 +1,4 @@
-"""Promises about what the images install: the same packages, the same Keras, and wheels for each device's platform."""
+"""Promises about the images that need no container engine: what they install, and the scripts that work in them."""
 
 import os
 import re
@@ -65,3 +65,62 @@ def test_every_image_resolves_for_its_platform_from_wheels_alone(image, tmp_path
     resolved = done.stdout.split()
     assert "keras==3.12.4" in resolved
     assert set(VENDOR.get(image, [])) <= set(resolved)
+
+
+def test_the_packages_kept_are_those_that_are_imported(tmp_path):
+    """A package that another one hides is not kept, and a folder without metadata is passed over."""
+    metadata = {
+        "first/numpy-1.26.4.dist-info": "Name: numpy\nVersion: 1.26.4\n",
+        "first/torch-2.4.0.dist-info": "",
+        "first/jax-0.4.35.dist-info": None,
+        "first/ml_dtypes-0.5.dist-info": "Name: ml_dtypes\nVersion: 0.5\n",
+        "last/numpy-2.4.6.dist-info": "Name: NumPy\nVersion: 2.4.6\n",
+        "last/ml_dtypes-0.6.dist-info": "Name: ml-dtypes\nVersion: 0.6\n",
+        "last/triton-3.0.dist-info": "Name: triton\nVersion: 3.0\n",
+    }
+    for name, text in metadata.items():
+        (tmp_path / name).mkdir(parents=True)
+        if text is not None:
+            (tmp_path / name / "METADATA").write_text(text)
+
+    def keep_vendor(*arguments: str, path: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-S", ROOT / "docker/keep_vendor.py", *arguments]  # -S: without site-packages
+        return subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": path}, capture_output=True, text=True)
+
+    kept = keep_vendor(path="first:last")
+    assert (kept.stdout.split(), kept.stderr) == (["ml_dtypes==0.5", "numpy==1.26.4", "triton==3.0"], "")
+    (tmp_path / "vendor.txt").write_text(kept.stdout)
+    assert keep_vendor("--check", "vendor.txt", path="first:last").returncode == 0
+    hidden = keep_vendor("--check", "vendor.txt", path="last:first")
+    error = "keep_vendor.py: error: pip replaced the vendor's ml_dtypes==0.5, numpy==1.26.4\n"
+    assert (hidden.returncode, hidden.stderr) == (1, error)
+
+
+# A root folder with this machine's programs, and its own /app and /dev.
+IN_ROOT = """cd "$0"; chmod 755 .; mkdir -p app dev usr tmp; ln -s usr/bin usr/lib usr/lib64 .; mount --bind /usr usr
+mknod dev/nvmap c 1 3; chgrp $1 dev/nvmap; mknod dev/null c 1 3; cp "$2" entrypoint.sh; eval "$3"; chown $4 app
+HOME=/app/.cache exec chroot . /entrypoint.sh sh -c 'id -u; id -g; id -G; touch "$HOME/file" && stat -L -c %u "$HOME/file"'"""
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+    reason="a root folder of its own needs root",
+)
+@pytest.mark.parametrize(
+    "device_group, cache, owner, expected",
+    [
+        ("44", "", "12345:12346", ["12345", "12346", "12346 44", "12345"]),
+        ("0", "", "12345:12346", ["12345", "12346", "12346", "12345"]),
+        ("0", "", "12345:0", ["12345", "12345", "12345", "12345"]),
+        ("44", "mkdir app/.cache", "12345:12346", ["12345", "12346", "12346 44", "12345"]),
+        ("44", "ln -s /home/me/.cache app/.cache", "12345:12346", ["12345", "12346", "12346 44", "12345"]),
+        ("44", "ln -s .cache app/.cache", "12345:12346", ["12345", "12346", "12346 44"]),  # a circle
+        ("44", "touch app/.cache", "12345:12346", ["12345", "12346", "12346 44"]),
+    ],
+)
+def test_the_entry_point_gives_the_user_the_gpus_groups_but_never_roots(device_group, cache, owner, expected, tmp_path):
+    """A cache folder that cannot be used, such as a link that leads nowhere in the container, does not end it."""
+    command = ["unshare", "--mount", "sh", "-ec", IN_ROOT, tmp_path, device_group, ROOT / "docker/entrypoint.sh"]
+    done = subprocess.run([*command, cache, owner], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:-1] == expected, done
+    assert ("warning: /app/.cache cannot be handed over to 12345:12346" in done.stderr) == (len(expected) == 3), done
