@@ -99,7 +99,8 @@ class ViTConfig:
     validation_split: float = 0.1
     """Share of the training images set apart for validation, drawn evenly from every class; 0 for none."""
     resume: bool = False
-    """Continue the run with this configuration and checkpoint_path after its last complete epoch, or start it if there is none."""
+    """Continue the run with this configuration and checkpoint_path after its last complete epoch, or start it if there is none.
+    Only a run that was started with this keeps the state from which it can go on once it is complete, with more epochs."""
     seed: int = 0
     """Seed of the split, the weights, the order of the images, augmentation and dropout."""
 

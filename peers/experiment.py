@@ -69,6 +69,7 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
         timer = timing.EpochTimer([*energy.running(meters), load_meter], wait=lambda: None)  # train_epoch has waited
         log = timing.EpochLog(timer)
         best, best_epoch = train(native, config, data, [timer, log, *callbacks])
+        results["files"] = {"weights": str(config.checkpoint_path), "resume": None}
 
         # Evaluate and record
         def evaluate() -> dict:

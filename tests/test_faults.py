@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from conftest import INSTALLED, TINY, Run, finish, only_results, wait_for_line
 from test_wandb import records
 
 import vit
-from edgebench import cli, energy, load, resume, timing
+from edgebench import cli, energy, files, load, resume, timing
 
 SMALL = f"--dataset synthetic {TINY} --checkpoint-path a.weights.h5"
 
@@ -139,7 +140,7 @@ def identity_of(tmp_path: Path, dataset: Path, **changes) -> tuple[Path, dict]:
 
 
 def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_line(tmp_path, digits):
-    """Another model, other data, cut short, one bit wrong, a key missing, renamed from another run."""
+    """Another model, other data, cut short, one bit wrong, a key missing, of a wrong type, renamed from another run."""
     path, identity = identity_of(tmp_path, digits)
     assert resume.read(path, identity, 9) == resume.Progress()
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
@@ -180,10 +181,20 @@ def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_lin
     with np.load(path) as archive:
         arrays = dict(archive)
     state = json.loads(arrays["progress"].tobytes())
-    del state["best_epoch"]
-    np.savez(tmp_path / "keys.npz", **arrays | {"progress": np.frombuffer(json.dumps(state).encode(), np.uint8)})
     damaged = {"cut short": good[:-100], "one bit wrong": bytes(flipped), "empty": b""}
-    damaged["a key missing"] = (tmp_path / "keys.npz").read_bytes()
+
+    def damage(name: str, progress) -> None:
+        np.savez(
+            tmp_path / "crafted.npz", **arrays | {"progress": np.frombuffer(json.dumps(progress).encode(), np.uint8)}
+        )
+        damaged[name] = (tmp_path / "crafted.npz").read_bytes()
+
+    damage("no object", [state])
+    damage("a key missing", {name: value for name, value in state.items() if name != "best_epoch"})
+    for name in sorted(state.keys() - {"identity", "wandb_id"}):
+        damage(f"{name} of a wrong type", state | {name: "wrong"})
+    damage("a wrong type within an epoch", state | {"epochs": [{"logs": {}, "train_s": "1", "end_s": 2.0}]})
+    damage("a wrong type within a list", state | {"compiling_epochs": ["0"], "load_spans": [1]})
     for content in damaged.values():
         path.write_bytes(content)
         with pytest.raises(cli.ExperimentError, match="is damaged") as refused:
@@ -193,6 +204,28 @@ def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_lin
     path.write_bytes(good)
     with pytest.raises(cli.ExperimentError, match="is damaged .it belongs to another run"):
         resume.read(path, identity, 9)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_weights_file_that_cannot_be_replaced_is_refused_before_the_training():
+    """Another user's file in a folder like /tmp."""
+    folder = Path(tempfile.mkdtemp())  # tmp_path is closed to other users
+    folder.chmod(0o1777)
+    path = folder / "a.weights.h5"
+    path.write_bytes(b"theirs")
+    os.chown(path, 12345, 12345)
+    child = os.fork()
+    if not child:  # as a third user
+        os.setuid(12346)
+        try:
+            files.require_replaceable(path, "--checkpoint-path")
+        except cli.ExperimentError as error:
+            os._exit("belongs to another user" in str(error))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    files.require_replaceable(path, "--checkpoint-path")  # root may
+    assert path.read_bytes() == b"theirs"
+    shutil.rmtree(folder)
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_the_last_good_weights_stay(digits, run_vit, tmp_path):
