@@ -31,6 +31,7 @@ BASE = {
         "git_commit": "0123456789abcdef",
         "git_dirty": False,
         "backend": "jax",
+        "environment": {},
         "versions": {"Python": "3.11.7", "Keras": "3.15.1", "jax": "0.10", "CUDA": "13.0"},
         "config": {
             **{"image_size": 72, "patch_size": 6, "projection_dim": 64, "num_heads": 4, "transformer_layers": 8},
@@ -307,11 +308,14 @@ def test_what_may_differ_is_compared_but_noted(write, tmp_path):
     """Attention and jit are what is compared; TF32 makes no difference on a CPU; other code is worth a note."""
     rates(write, "jax", 90, 91, 90, **{"what/is_gpu": False})
     changes = {"what/attention": "fused", "what/config/tf32": False, "what/git_commit": "feedbeef", **eager()}
+    changes["what/environment"] = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--a *b*"}
     rates(write, "torch", 120, 121, 120, **{"what/is_gpu": False, **changes})
     text = text_of(tmp_path)
     assert "torch (eager) trained 1.33× as fast as JAX (compiled)" in text
     assert cells(text, EAGER, "attention") == "fused"
     assert "Note: the runs differ in git_commit: JAX (compiled) 0123456789abcdef; torch (eager) feedbeef" in text
+    environments = r"JAX (compiled) none; torch (eager) OMP_NUM_THREADS=1, XLA_FLAGS=--a \*b\*"
+    assert f"Note: the runs differ in environment: {environments}" in text
 
 
 def test_every_flag_of_vit_has_a_rule():

@@ -73,6 +73,8 @@ class Run:
         value = self.get(path)
         if isinstance(value, bool):
             return "on" if value else "off"
+        if isinstance(value, dict):
+            return ", ".join(plain(f"{name}={each}") for name, each in value.items()) or "none"
         return NONE if value is None else plain(value)
 
     @property

@@ -44,7 +44,10 @@ FACTS = {
     "num_parameters": ("dataset", *MODEL),
     "config/transformer_units": ("projection_dim",),
 }
-NOTED_FACTS = ("what/git_commit", "what/git_dirty", "what/versions/Python", "what/versions/Keras", "what/versions/CUDA")
+NOTED_FACTS = (
+    *("what/git_commit", "what/git_dirty", "what/environment"),
+    *("what/versions/Python", "what/versions/Keras", "what/versions/CUDA"),
+)
 NOTED_PATHS = (
     *NOTED_FACTS,
     *(f"what/config/{field}" for field, rule in FIELD_RULES.items() if rule == NOTED),
