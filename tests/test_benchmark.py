@@ -335,11 +335,20 @@ def test_devices_have_tables_of_their_own_and_one_backend_is_compared_across_the
     assert "n = 3 unpaired runs)" in across and across.count("as fast as") == 1 and "torch (compiled) on" not in across
 
 
-def test_many_configurations_make_a_short_report(write, tmp_path):
+@pytest.mark.parametrize(
+    ("backends", "lines", "counted"),
+    [
+        (["jax"], 150, "and 189 more, in report.csv"),
+        (["jax", "torch"], 650, "190 more sets of comparable runs are left to report.csv"),
+    ],
+)
+def test_many_configurations_make_a_short_report(backends, lines, counted, write, tmp_path):
+    """As from a sweep: ten sets are compared, ten configurations of one backend listed, the rest counted."""
     for units in range(1, 201):
-        write("jax", {"what/config/mlp_head_units": [units]})
+        for backend in backends:
+            write(backend, {"what/config/mlp_head_units": [units]})
     text = text_of(tmp_path)
-    assert text.count("\n") < 150 and "and 189 more, in report.csv" in text
+    assert text.count("\n") < lines and counted in text
 
 
 def test_a_table_is_no_wider_than_a_console(write, tmp_path):

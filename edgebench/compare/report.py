@@ -15,7 +15,7 @@ from edgebench.compare.tables import csv_text, markdown_table, result_tables
 from edgebench.compare.verdicts import Comparison, Decisions, compare_all, compare_devices, decide_all
 from edgebench.files import replacing
 
-LISTED_SETS = 10  # sets with one name only that are listed, in a line each
+LISTED_SETS = 10  # sets of a device that are reported on; and those with one name only that are listed, in a line each
 READING = f"""\
 - A cell is the median of the runs, with their range (min–max). `{NONE}`: could not be measured, or not compared.
 - Run k of each backend has the same seed, and these are a pair. A ratio is the geometric mean of the ratios of the pairs,
@@ -68,17 +68,19 @@ def build_report(runs: Sequence[Run], failures: Sequence[dict], baseline: str | 
     compared = {
         (device, index): compare_all(by_name(group, baseline))
         for device, sets in devices.items()
-        for index, group in enumerate(sets)
+        for index, group in enumerate(sets[:LISTED_SETS])
     }
     across = _across_devices(devices)
     decisions = decide_all(itertools.chain(*compared.values(), [each for _, each in across]))
     parts = ["# Keras backends compared"]
     for device, sets in devices.items():
         parts.append(f"## {device}")
-        shown = sum(len(by_name(group, None)) > 1 for group in sets) or 1
-        for index in range(shown):
+        count = sum(len(by_name(group, None)) > 1 for group in sets) or 1
+        for index in range(min(count, LISTED_SETS)):
             parts += _set_report(sets, index, baseline, compared[device, index], decisions)
-        parts += _other_sets(sets, shown)
+        if count > LISTED_SETS:
+            parts.append(f"{count - LISTED_SETS} more sets of comparable runs are left to report.csv.")
+        parts += _other_sets(sets, count)
     if len(devices) > 1:
         sentences = [device_statement(name, each, decisions.get(each)) for name, each in across]
         parts += ["## Across devices", _device_table(devices)]
