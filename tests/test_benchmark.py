@@ -379,6 +379,7 @@ def test_a_file_cannot_bring_markup_formulas_or_impossible_numbers(write, tmp_pa
     """Such a file may come from somebody else."""
     changes = {"what/device": "<img src=x>\n# GPU *fast* [click](http://x) a|b", "what/node": "=1+1", "missing": [1]}
     huge = {"time/train_images_per_s": 10**400, "what/num_parameters": 10**400, "load/problems": 3}
+    huge["time/evaluation_images_per_s"] = 1e308
     odd = {"quality/epochs": 3, "quality/epoch_end_s": "x", "what/images": None, "time/epoch_spread": "wide"}
     write("jax", {**changes, **huge})
     write("jax", {**changes, **odd})
@@ -391,6 +392,7 @@ def test_a_file_cannot_bring_markup_formulas_or_impossible_numbers(write, tmp_pa
         and "\n# GPU" not in text
         and "\n# x" not in text
     )
+    assert "1.00e+308" in text and "000,000,000,000,000" not in text
     assert r"\<img src=x\> # GPU \*fast\* [click\](http://x)" in text
     with (tmp_path / "out/report.csv").open(newline="") as file:
         assert {row["what/node"] for row in csv.DictReader(file)} == {"'=1+1"}

@@ -132,6 +132,17 @@ def test_a_reader_that_leaves_loses_no_run(stub, tmp_path):
 
 
 @pytest.mark.any_version
+@pytest.mark.parametrize("streams", [">&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_a_report_is_written_whatever_becomes_of_the_output(streams, tmp_path):
+    """And a ~ that the shell has left alone is the home folder."""
+    (tmp_path / "base.json").write_text(json.dumps(BASE))
+    command = f"{sys.executable} {ROOT / 'benchmark.py'} --report . --out=~/out {streams}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)})
+    assert done.returncode == 0 and "# Keras backends compared" in (tmp_path / "out/report.md").read_text()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.any_version
 def test_ctrl_c_reports_what_has_finished(stub, tmp_path):
     """The second of two runs is stopped, and gone at the end; the first is in the report."""
     out = tmp_path / "out"

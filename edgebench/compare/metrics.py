@@ -37,7 +37,7 @@ class Metric:
 
 def format_number(value: float) -> str:
     """Return a number with three significant digits, or with all digits before the point if there are more."""
-    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+    return f"{value:,.0f}" if 99.95 <= abs(value) < 1e15 else f"{value:#.3g}"
 
 
 TRAINING = Metric(
