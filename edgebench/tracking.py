@@ -1,7 +1,9 @@
 """Weights & Biases, which never prompts and never ends a run."""
 
 import os
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from edgebench.cli import ExperimentError, one_line, warn
 
@@ -51,5 +53,14 @@ def finish_wandb(run, summary: dict, is_complete: bool) -> None:
     try:
         run.summary.update({name: value for name, value in summary.items() if value is not None})
         run.finish(exit_code=0 if is_complete else 1)
+        if run.offline:
+            _tell_how_to_upload_parts(Path(run.settings.sync_dir).parent, run.id)
     except Exception as error:
         warn(f"W&B did not take the results ({one_line(error)}); `wandb sync` uploads what it has")
+
+
+def _tell_how_to_upload_parts(folder: Path, run_id: str) -> None:
+    """Print the command that uploads a resumed run whole. W&B names only its last part, which would replace the others."""
+    if len(list(folder.glob(f"*run-*-{run_id}"))) > 1:
+        parts = f"{shlex.quote(str(folder))}/offline-run-*-{run_id}"
+        print(f"this run was resumed; to upload all of it: WANDB_RESUME=allow wandb sync {parts}")

@@ -2,10 +2,12 @@
 
     python sweeps/sweep.py create --device ook --backend jax --parameters JSON [-- FLAGS of vit.py]
     python sweeps/sweep.py join ENTITY/PROJECT/ID --device ook --backend jax
+    python sweeps/sweep.py agent [--count N] ENTITY/PROJECT/ID
     python sweeps/sweep.py trial vit.py --learning_rate=0.001 ...
 
-`create` and `join` print one line to stdout: the sweep's path, ENTITY/PROJECT/ID. The agent runs `trial` for each run, as
-configured in sweep_config.json. It starts the program as a process of its own and records how that process ends.
+`create` and `join` print one line to stdout: the sweep's path, ENTITY/PROJECT/ID. `agent` runs W&B's agent and ends it. The
+agent runs `trial` for each run, as configured in sweep_config.json. It starts the program as a process of its own and
+records how that process ends.
 """
 
 # This folder has no __init__.py on purpose. W&B's own library is a package named `sweeps`; without an __init__.py here,
@@ -14,21 +16,30 @@ configured in sweep_config.json. It starts the program as a process of its own a
 import argparse
 import contextlib
 import ctypes
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 CONFIG = Path("sweep_config.json")
 KERAS_NAMES = {"jax": "jax", "pytorch": "torch"}  # the launchers' name of a backend -> Keras' name
+STOP, STOP_AT_ONCE = {signal.SIGTERM, signal.SIGINT}, signal.SIGUSR1  # what the launchers send to `agent`
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def main() -> None:
+    open_standard_streams()
+    sys.stderr = SteadyStderr()
     arguments, flags = sys.argv[1:], []
     if arguments[:1] == ["trial"]:  # the rest is the program's command line
         sys.exit(trial(arguments[1:]))
+    if arguments[:1] == ["agent"]:  # the rest is W&B's
+        sys.exit(agent(arguments[1:]))
     if "--" in arguments:
         separator = arguments.index("--")
         arguments, flags = arguments[:separator], arguments[separator + 1 :]
@@ -47,12 +58,22 @@ def main() -> None:
     print(path)
 
 
+def read_config() -> dict:
+    """Read sweep_config.json, or end with one line that says what is wrong with it."""
+    try:
+        config = json.loads(CONFIG.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        sys.exit(f"sweep.py: cannot read {CONFIG} ({error})")
+    kinds = {"program": str, "project": str, "command": list, "parameters": dict}
+    for name, kind in kinds.items():
+        if not isinstance(config, dict) or not isinstance(config.get(name), kind):
+            sys.exit(f"sweep.py: {CONFIG} must be a JSON object whose {name!r} is {kind.__name__!r}")
+    return config
+
+
 def sweep_config(device: str, backend: str, parameters: dict, flags: list[str]) -> dict:
     """Adapt sweep_config.json to a device and backend. `flags` of vit.py become constants, which W&B records."""
-    try:
-        config = json.loads(CONFIG.read_text())
-    except (OSError, ValueError) as error:
-        sys.exit(f"sweep.py: cannot read {CONFIG} ({error})")
+    config = read_config()
     constants = parse_flags(flags) | {"keras_backend": KERAS_NAMES[backend], "node_name": device}
     config["name"] = f"vit-{device}-{backend}"
     config["parameters"] |= parameters | {name: {"value": value} for name, value in constants.items()}
@@ -100,26 +121,105 @@ def create(options: argparse.Namespace, flags: list[str]) -> str:
     import wandb
 
     entity, project = os.environ["WANDB_ENTITY"], os.environ.get("WANDB_PROJECT") or config["project"]
-    return f"{entity}/{project}/{wandb.sweep(config, entity=entity, project=project)}"
+    with wandb_errors_in_one_line("create a sweep"):
+        return f"{entity}/{project}/{wandb.sweep(config, entity=entity, project=project)}"
 
 
 def join(options: argparse.Namespace, flags: list[str]) -> str:
-    """Check that the sweep was created for this device and backend, so that its runs are recorded correctly."""
+    """Check that the sweep was created for this device and backend, and that it runs what this folder would run.
+
+    Whoever may write to the W&B project decides what a sweep contains, and the agent runs any command that it names.
+    """
     import wandb
 
-    try:
+    with wandb_errors_in_one_line(f"read the sweep {options.sweep}"):
         sweep = wandb.Api().sweep(options.sweep)
-    except (wandb.errors.Error, ValueError) as error:
-        sys.exit(f"sweep.py: cannot read the sweep {options.sweep} ({' '.join(str(error).split())})")
-    expected = {"keras_backend": KERAS_NAMES[options.backend], "node_name": options.device}
-    for name, value in expected.items():
-        actual = sweep.config["parameters"].get(name, {}).get("value")
-        if actual != value:
+        actual, url = dict(sweep.config), sweep.url
+    own = read_config()
+    for name in ("command", "program"):
+        if actual.get(name) != own[name]:
             sys.exit(
-                f"sweep.py: the sweep {options.sweep} has {name} {actual}, not {value}: its runs would be recorded wrongly"
+                f"sweep.py: the sweep {options.sweep} has the {name} {actual.get(name)!r}, not that of {CONFIG}: "
+                "it could run anything on this machine"
             )
-    print(f"Sweep URL: {sweep.url}")
+    for name, value in {"keras_backend": KERAS_NAMES[options.backend], "node_name": options.device}.items():
+        if (found := constants_of(actual).get(name)) != value:
+            sys.exit(
+                f"sweep.py: the sweep {options.sweep} has {name} {found}, not {value}: its runs would be recorded wrongly"
+            )
+    print(f"Sweep URL: {url}")
     return options.sweep
+
+
+def constants_of(config: dict) -> dict:
+    """The parameters of a sweep that have one value. Others may have written the sweep, in any form."""
+    parameters = config.get("parameters")
+    items = parameters.items() if isinstance(parameters, dict) else ()
+    return {name: item.get("value") for name, item in items if isinstance(item, dict)}
+
+
+@contextlib.contextmanager
+def wandb_errors_in_one_line(purpose: str):
+    """End with one line where W&B's client cannot do something: its server is out of reach, or refuses."""
+    try:
+        yield
+    except Exception as error:  # many types, also those of the libraries below it
+        sys.exit(f"sweep.py: cannot {purpose} ({' '.join(str(error).split()) or type(error).__name__})")
+
+
+def agent(arguments: list[str]) -> int:
+    """Run W&B's agent. Return when no process that it started is left.
+
+    On SIGTERM, or when the agent ends, what still runs is told to end; after $WANDB_AGENT_KILL_DELAY seconds, or on SIGUSR1,
+    it is killed. W&B's agent itself would need two SIGINTs, which a process from a script's background ignores.
+    """
+    awaited = STOP | {STOP_AT_ONCE, signal.SIGCHLD}
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
+        die_with_parent(signal.SIGTERM)
+
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # the run of an agent that has ended becomes this one's child
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    os.environ["SWEEP_PROGRAM"] = read_config()["program"]
+    command = [sys.executable, "-m", "wandb", "agent", *arguments]
+    # The agent would end if it could not print.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare)
+    relays = [
+        threading.Thread(target=relay, args=pair, daemon=True) for pair in ((process.stdout, 1), (process.stderr, 2))
+    ]
+    for thread in relays:
+        thread.start()
+    received = signal.SIGCHLD
+    while received == signal.SIGCHLD and process.poll() is None:
+        received = signal.sigwait(awaited)
+
+    patience_s = 0 if received == STOP_AT_ONCE else int(os.environ.get("WANDB_AGENT_KILL_DELAY") or 300)
+    kill_at = time.monotonic() + patience_s
+    told = set()
+    while running := children():
+        is_late = time.monotonic() >= kill_at
+        for child in running - (set() if is_late else told):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL if is_late else signal.SIGTERM)
+        told |= running
+        signalled = signal.sigtimedwait(awaited, 1)
+        if signalled and signalled.si_signo == STOP_AT_ONCE:
+            kill_at = 0
+    for thread in relays:
+        thread.join(10)  # longer only if who reads has stopped reading
+    return process.wait()
+
+
+def children() -> set[int]:
+    """The running processes whose parent is this one."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found.add(int(path.parent.name))
+    return found
 
 
 def trial(command: list[str]) -> int:
@@ -128,29 +228,32 @@ def trial(command: list[str]) -> int:
     `wandb agent` does not report how its runs end. It also counts a run that Hyperband stopped as failed, and gives up
     after too many failures. Therefore such a run ends with status 0 here.
     """
-    record("started")
-    die_with_parent(signal.SIGTERM)  # if the agent is killed, the run ends and frees the GPU
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        preexec_fn=lambda: die_with_parent(signal.SIGKILL),
-    )
-    stop_requested = False
+    # W&B's server names the program anew for each run.
+    if (program := os.environ.get("SWEEP_PROGRAM")) and command[:1] != [program]:
+        sys.exit(f"sweep.py: a run of the sweep names the program {command[:1]}, not {program}")
+    process, stop_requested, is_told = None, False, False
 
-    def stop(number, frame):
-        nonlocal stop_requested
+    def stop(number=None, frame=None) -> None:
+        nonlocal stop_requested, is_told
         stop_requested = True
-        process.terminate()
+        if process and not is_told:  # the program would take a second signal as the order to end at once
+            is_told = True
+            process.terminate()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    die_with_parent(signal.SIGTERM)  # if the agent is killed, the run ends and frees the GPU
+    record("started")
+    process = subprocess.Popen(
+        [sys.executable, *command], stderr=subprocess.PIPE, preexec_fn=lambda: die_with_parent(signal.SIGKILL)
+    )
+    if stop_requested:
+        stop()
     reason = ""
     for line in process.stderr:
-        sys.stderr.write(line)
-        if line.startswith("vit.py: error: "):
-            reason = line.removeprefix("vit.py: error: ").strip()
+        write(2, line)
+        if line.startswith(b"vit.py: error: "):
+            reason = line.decode(errors="replace").removeprefix("vit.py: error: ").strip()
     status = process.wait()
     if status < 0:  # killed by a signal: use the status that a shell reports
         reason, status = f"killed by {signal.Signals(-status).name}", 128 - status
@@ -165,7 +268,7 @@ def trial(command: list[str]) -> int:
     if outcome == "failed" and (status > 128 or not run_folders("run")):
         report_failure(status, reason or f"exit status {status} before W&B started")
     for folder in run_folders("offline-run"):
-        print(f"sweep.py: uploading {folder}, which was logged offline", file=sys.stderr)
+        say(f"sweep.py: uploading {folder}, which was logged offline")
         subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)])
     return 0 if outcome == "stopped" else status
 
@@ -177,32 +280,68 @@ def run_folders(kind: str) -> list[Path]:
 
 def report_failure(status: int, reason: str) -> None:
     """Tell W&B why a run failed that could not do so itself: it was killed, or ended before W&B started."""
-    import wandb
-
     try:
+        import wandb
+
         run = wandb.init(resume="allow", settings=wandb.Settings(console="off", init_timeout=30))
         run.summary["failure"] = reason
         run.finish(exit_code=status)
-    except wandb.errors.Error as error:
-        print(f"sweep.py: warning: cannot report the failure to W&B ({error})", file=sys.stderr)
+    except Exception as error:
+        say(f"sweep.py: warning: cannot report the failure to W&B ({error})")
 
 
 def record(outcome: str, status: int | None = None) -> None:
     """Print the run's state and append a line to $SWEEP_LEDGER: sweep, run, exit status, outcome."""
     run = os.environ.get("WANDB_RUN_ID", "")
     suffix = "" if status is None else f", exit status {status}"
-    print(f"sweep.py: run {run} {outcome}{suffix}", file=sys.stderr)
+    say(f"sweep.py: run {run} {outcome}{suffix}")
     if ledger := os.environ.get("SWEEP_LEDGER"):
-        # Created here, not by the launcher: root may have started that one in a user's folder.
-        Path(ledger).parent.mkdir(exist_ok=True)
         columns = (os.environ.get("WANDB_SWEEP_ID", ""), run, "-" if status is None else status, outcome)
-        with open(ledger, "a") as file:
-            print(*columns, sep="\t", file=file)
+        try:
+            # Created here, not by the launcher: root may have started that one in a user's folder.
+            Path(ledger).parent.mkdir(exist_ok=True)
+            with open(ledger, "a") as file:
+                print(*columns, sep="\t", file=file)
+        except OSError as error:
+            say(f"sweep.py: warning: {ledger} cannot be written ({error}), so the launcher cannot count this run")
+
+
+def relay(source, number: int) -> None:
+    """Copy the lines of a stream to the standard stream with this number."""
+    for line in source:
+        write(number, line)
+
+
+def say(line: str) -> None:
+    """Print a line to stderr."""
+    write(2, f"{line}\n".encode(errors="replace"))
+
+
+def write(number: int, data: bytes) -> None:
+    """Write to a standard stream, and survive that nobody can read it: its disk is full, or its reader has left."""
+    with contextlib.suppress(OSError):
+        os.write(number, data)  # unbuffered: nothing is left that could fail when the process ends
+
+
+class SteadyStderr(io.TextIOBase):
+    """Standard error for code that prints, such as W&B's client."""
+
+    def write(self, text: str) -> int:
+        write(2, text.encode(errors="replace"))
+        return len(text)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null for each standard stream that is closed, so that no other file gets its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
 
 
 def die_with_parent(number: int) -> None:
     """Have Linux send this process the signal `number` when its parent ends, for whatever reason."""
-    PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 

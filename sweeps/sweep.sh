@@ -35,7 +35,8 @@ Exit status: 0 if every run finished or was stopped early by the sweep; 1 if a r
 EOF
 }
 
-log() { echo "$PROGRAM: $*" >&2; }
+# A closed terminal, a full disk or a reader that has left must not end the launcher, which has an agent to stop.
+log() { echo "$PROGRAM: $*" >&2 || true; }
 
 die() {
   log "error: $*"
@@ -88,6 +89,7 @@ read_env_file() {
   [[ -f .env ]] || return 0
   local line name value
   while IFS= read -r line || [[ -n $line ]]; do
+    line=${line#$'\xef\xbb\xbf'} # a byte-order mark
     [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?(WANDB_[A-Z_]+)[[:space:]]*=[[:space:]]*(.*)$ ]] || continue
     name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
     if [[ $value =~ ^\"([^\"]*)\" || $value =~ ^\'([^\']*)\' ]]; then
@@ -107,6 +109,8 @@ set_agent_defaults() {
   export WANDB_AGENT_DISABLE_FLAPPING=${WANDB_AGENT_DISABLE_FLAPPING-true}
   # The seconds that a run gets to save its results after it was told to stop.
   export WANDB_AGENT_KILL_DELAY=${WANDB_AGENT_KILL_DELAY-300}
+  [[ $WANDB_AGENT_KILL_DELAY =~ ^[0-9]{1,9}$ ]] ||
+    die "WANDB_AGENT_KILL_DELAY must be a number of seconds, not '$WANDB_AGENT_KILL_DELAY'"
   # Without this the agent's output arrives late.
   export PYTHONUNBUFFERED=${PYTHONUNBUFFERED-1}
 }
@@ -148,7 +152,7 @@ show() {
     [[ $word =~ ^[A-Za-z0-9_./:=@,+-]+$ ]] || word=${word@Q}
     line+=" $word"
   done
-  echo "$line"
+  echo "$line" || true
 }
 
 # Sets `prefix`, the words that run a Python program for a backend: in a container of its image, or on this machine.
@@ -159,7 +163,7 @@ set_prefix() { # backend, flags of docker run
     prefix=(env "KERAS_BACKEND=${backend/pytorch/torch}")
     return
   fi
-  prefix=(docker run --rm --init --name "vit-sweep-$DEVICE-$backend" -v "$PWD:/app" "${@:2}")
+  prefix=(docker run --rm --init --name "$(container)" -v "$PWD:/app" "${@:2}")
   for name in "${PASSED_TO_CONTAINER[@]}"; do
     [[ -v $name ]] && prefix+=(-e "$name") # by name only: the command line must not show the API key
   done
@@ -172,7 +176,7 @@ build_image() { # backend
   read -ra words <<<"${DOCKER_BUILD_FLAGS:-}"
   local command=(docker build -f "Dockerfile.$DEVICE.$1" -t "vit:$DEVICE-$1" "${words[@]}" .)
   show "${command[@]}"
-  $dry_run || "${command[@]}" >&2
+  $dry_run || run "${command[@]}" >&2
 }
 
 # Creates the sweep, or joins the one given by --sweep, and sets `path` to ENTITY/PROJECT/ID.
@@ -199,14 +203,14 @@ open_sweep() { # backend
 run_backend() { # backend
   local backend=$1 path ledger lines_before=0 text
   if $docker; then
-    build_image "$backend" || return 1
+    { build_image "$backend" && ((interrupts == 0)); } || return 1
   fi
   open_sweep "$backend" || return 1
 
   ledger=results/sweep-${path##*/}.tsv
   set_prefix "$backend" "${DOCKER_GPU[@]}" -e "SWEEP_LEDGER=$ledger"
   $docker || prefix+=("SWEEP_LEDGER=$ledger")
-  local command=("${prefix[@]}" python -m wandb agent ${count:+--count "$count"} "$path")
+  local command=("${prefix[@]}" python sweeps/sweep.py agent ${count:+--count "$count"} "$path")
   show "${command[@]}"
   if $dry_run; then
     return
@@ -217,33 +221,49 @@ run_backend() { # backend
   summary+=("$text")
 }
 
-# Runs the agent in its own process group, so that a terminal's Ctrl-C reaches only the launcher, which then stops the agent.
-run_agent() {
+container() { echo "vit-sweep-$DEVICE-$current"; }
+
+# Runs a command in its own process group, so that a terminal's Ctrl-C reaches only the launcher, which then stops the
+# command. If the launcher is killed, the command is told to stop.
+run() {
   local status=0
   set -m
-  "$@" </dev/null &
-  agent=$!
+  setpriv --pdeathsig TERM -- "$@" </dev/null &
   set +m
-  while kill -0 "$agent" 2>/dev/null; do # a signal interrupts `wait`
-    wait "$agent" && status=0 || status=$?
+  while kill -0 "$!" 2>/dev/null; do # a signal interrupts `wait`
+    wait "$!" && status=0 || status=$?
   done
-  agent=""
   return "$status"
 }
 
-# To W&B's agent a first signal means "start no further run", and a second one "stop the run and wait for it".
+run_agent() {
+  local status=0
+  run "$@" || status=$?
+  # A `docker run` that cannot print ends without its container, and `sweep.py agent` there without having been told to.
+  ! $docker || run docker stop -t "$((WANDB_AGENT_KILL_DELAY + 10))" "$(container)" >/dev/null 2>&1 || true
+  return "$status"
+}
+
+# Stops what runs. It signals first and speaks then: there may be nobody left to hear it.
 stop() {
-  interrupts=$((interrupts + 1))
-  [[ -n $agent ]] || exit 130
-  if ((interrupts > 1)); then
+  # `timeout` sends its signal twice.
+  ((interrupts == 0 || SECONDS - interrupted_at > 1)) || return 0
+  interrupts=$((interrupts + 1)) interrupted_at=$SECONDS
+  [[ -n $(jobs -p) ]] || exit 130
+  if ((interrupts == 1)); then
+    signal_job TERM
+    log "stopping: the run ends after its current step (press Ctrl-C again to kill it)"
+  else
+    signal_job USR1
     log "killing the run"
-    if $docker; then docker kill "vit-sweep-$DEVICE-$current" >/dev/null; else kill -INT "$agent"; fi || true
-    return
   fi
-  log "stopping: the run ends after its current step (press Ctrl-C again to kill it)"
-  kill -INT "$agent" || true
-  sleep 2 || true
-  kill -INT "$agent" 2>/dev/null || true
+}
+
+# Sends a signal to `sweep.py agent`, in its container or without one, or to another command that runs.
+signal_job() { # signal
+  {
+    $docker && timeout 30 docker kill --signal "$1" "$(container)" || kill -s "$1" "$(jobs -p)"
+  } >/dev/null 2>&1 || true
 }
 
 # Counts how the runs of a sweep ended. `sweep.py trial` writes several lines for a run; the last one counts.
@@ -264,24 +284,29 @@ summarise() { # sweep, backend, file with the columns: sweep, run, exit status, 
 }
 
 main() {
+  # No other file may get the number of a stream that is closed.
+  [[ -e /proc/self/fd/1 ]] || exec >/dev/null
+  [[ -e /proc/self/fd/2 ]] || exec 2>/dev/null
   parse_arguments "$@"
   read_env_file
   set_agent_defaults
   check_prerequisites
 
-  agent="" current="" interrupts=0 failed=false summary=()
-  trap stop INT TERM HUP
+  current="" interrupts=0 interrupted_at=0 failed=false summary=()
+  trap stop INT TERM
+  trap '((interrupts)) || stop' HUP # who closes the terminal after Ctrl-C still wants the results
+  trap : PIPE
   for current in "${backends[@]}"; do
     run_backend "$current" || {
       failed=true
-      log "error: no sweep for $current"
+      ((interrupts)) || log "error: no sweep for $current"
     }
     ((interrupts == 0)) || break
   done
   if $dry_run; then
     exit 0
   fi
-  ((${#summary[@]} == 0)) || printf '%s\n' "${summary[@]}"
+  ((${#summary[@]} == 0)) || printf '%s\n' "${summary[@]}" || true
   ((interrupts == 0)) || exit 130
   ! $failed
 }

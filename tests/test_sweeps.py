@@ -1,7 +1,10 @@
 """Promises about sweeps: every trial drawn can be run, every run reaches W&B, and the launchers show what they do."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shlex
 import shutil
 import signal
@@ -104,14 +107,14 @@ def test_the_jetson_draws_from_smaller_values(monkeypatch):
 DRY_RUNS = """\
 + docker build -f Dockerfile.ook.jax -t vit:ook-jax .
 + docker run --rm --init --name vit-sweep-ook-jax -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-jax python sweeps/sweep.py create --device ook --backend jax --parameters '{}' -- --num-epochs 1
-+ docker run --rm --init --name vit-sweep-ook-jax -v FOLDER:/app --gpus all -e SWEEP_LEDGER=results/sweep-ID.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-jax python -m wandb agent --count 3 edge-team/edge-project/ID
++ docker run --rm --init --name vit-sweep-ook-jax -v FOLDER:/app --gpus all -e SWEEP_LEDGER=results/sweep-ID.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-jax python sweeps/sweep.py agent --count 3 edge-team/edge-project/ID
 + docker build -f Dockerfile.ook.pytorch -t vit:ook-pytorch .
 + docker run --rm --init --name vit-sweep-ook-pytorch -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-pytorch python sweeps/sweep.py create --device ook --backend pytorch --parameters '{}' -- --num-epochs 1
-+ docker run --rm --init --name vit-sweep-ook-pytorch -v FOLDER:/app --gpus all -e SWEEP_LEDGER=results/sweep-ID.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-pytorch python -m wandb agent --count 3 edge-team/edge-project/ID
++ docker run --rm --init --name vit-sweep-ook-pytorch -v FOLDER:/app --gpus all -e SWEEP_LEDGER=results/sweep-ID.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ook-pytorch python sweeps/sweep.py agent --count 3 edge-team/edge-project/ID
 ---
 + docker build -f Dockerfile.ojo.pytorch -t vit:ojo-pytorch .
 + docker run --rm --init --name vit-sweep-ojo-pytorch -v FOLDER:/app -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ojo-pytorch python sweeps/sweep.py join a/b/c --device ojo --backend pytorch
-+ docker run --rm --init --name vit-sweep-ojo-pytorch -v FOLDER:/app --runtime nvidia -e SWEEP_LEDGER=results/sweep-c.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ojo-pytorch python -m wandb agent a/b/c
++ docker run --rm --init --name vit-sweep-ojo-pytorch -v FOLDER:/app --runtime nvidia -e SWEEP_LEDGER=results/sweep-c.tsv -e WANDB_API_KEY -e WANDB_ENTITY -e WANDB_PROJECT -e WANDB_AGENT_DISABLE_FLAPPING -e WANDB_AGENT_KILL_DELAY -e PYTHONUNBUFFERED vit:ojo-pytorch python sweeps/sweep.py agent a/b/c
 """
 
 
@@ -179,7 +182,9 @@ def test_everything_missing_is_reported_one_line_each(checkout):
     dry = launch(checkout, "ojo", "--dry-run", env=bare)
     assert dry.returncode == 0 and lines(dry) == settings + docker and dry.stdout.count("+ docker") == 6
 
-    (checkout / ".env").write_text("WANDB_API_KEY='k' # mine\nexport WANDB_ENTITY=me # or you\nWANDB_MODE=offline\n")
+    (checkout / ".env").write_text(
+        "\ufeffWANDB_API_KEY='k' # mine\nexport WANDB_ENTITY=me # or you\nWANDB_MODE=offline\n"
+    )
     done = launch(checkout, "ook", "jax", "--no-docker", env=bare | {"WANDB_MODE": "online"})
     assert lines(done) == [settings[3], python], "values in .env count, and the environment overrides them"
 
@@ -204,19 +209,86 @@ def test_flags_become_constants_of_the_sweep():
     }
 
 
+@pytest.fixture
+def server():
+    server = WandbServer()
+    yield server
+    server.close()
+
+
+def sweep_command(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """Run sweep.py in `folder`, in which sweep_config.json may differ."""
+    command = [sys.executable, "sweeps/sweep.py", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment(**env), capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ('{"program": ', "cannot read sweep_config.json (Expecting value: line 1 column 13 (char 12))"),
+        ("[" * 100_000, "cannot read sweep_config.json (maximum recursion depth exceeded"),
+        ('"vit.py"', "sweep_config.json must be a JSON object whose 'program' is 'str'"),
+        ('{"program": "vit.py", "project": "p", "command": []}', "object whose 'parameters' is 'dict'"),
+    ],
+)
+def test_a_broken_configuration_is_one_line(config, reason, checkout):
+    (checkout / "sweep_config.json").write_text(config)
+    done = sweep_command(checkout, "create", "--device", "ook", "--backend", "jax")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and reason in done.stderr, done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["create"], ["join", "a/b/c"]])
+def test_an_unreachable_server_is_one_line(command, checkout):
+    (checkout / "vit.py").write_text("")
+    options = ["--device", "ook", "--backend", "jax"]
+    done = sweep_command(checkout, *command, *options, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_HTTP_TIMEOUT="3")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("sweep.py: cannot ") and "Traceback" not in done.stderr, done
+
+
+def test_a_joined_sweep_runs_nothing_but_what_this_folder_would_run(checkout, server):
+    """Any member of the W&B project can create a sweep, and write anything into it."""
+    own = json.loads((checkout / "sweep_config.json").read_text()) | {"run_cap": 1}
+    own["parameters"] |= {"keras_backend": {"value": "jax"}, "node_name": {"value": "ook"}}
+    cases = [
+        ({}, None),
+        ({"command": ["sh", "-c", "touch joined"]}, "has the command ['sh', '-c', 'touch joined'], not that of"),
+        ({"program": "other.py"}, "has the program 'other.py', not that of"),
+        ({"parameters": {"keras_backend": "jax"}}, "has keras_backend None, not jax"),
+    ]
+    project = {"id": "p", "name": PROJECT, "entity": {"id": "e", "name": ENTITY}}
+    options = ["--device", "ook", "--backend", "jax"]
+    for number, (change, reason) in enumerate(cases):
+        server.sweeps[f"s{number}"] = {"config": own | change, "project": project, "runs": []}
+        path = f"{ENTITY}/{PROJECT}/s{number}"
+        done = sweep_command(checkout, "join", path, *options, WANDB_BASE_URL=server.url)
+        if reason is None:
+            assert (done.returncode, done.stdout) == (0, path + "\n"), done
+        else:
+            refused = f"sweep.py: the sweep {path} {reason}"
+            assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(refused), done
+    # A sweep says which program it runs once more with each run, which is not checked when it is joined.
+    done = sweep_command(checkout, "trial", "-c", "--x=1", SWEEP_PROGRAM="vit.py")
+    assert done.returncode == 1 and done.stderr == "sweep.py: a run of the sweep names the program ['-c'], not vit.py\n"
+
+
+@pytest.mark.parametrize("stream", ["2>/dev/full", "2>&-", "2>&1 >out | true", "2>/dev/full >&-"])
+def test_a_trial_survives_that_it_can_print_and_record_nothing(stream, checkout):
+    """Its standard error is on a full disk, closed, or a pipe whose reader has left; the ledger is on a full disk."""
+    program = "import time, sys\nfor n in range(5):\n print(n, file=sys.stderr, flush=True); time.sleep(.1)\n"
+    (checkout / "vit.py").write_text(program.replace("print(", "sys.stderr and print(") + "open('done', 'w')\n")
+    command = f"set -o pipefail; {sys.executable} sweeps/sweep.py trial vit.py {stream}"
+    done = subprocess.run(["bash", "-c", command], cwd=checkout, env=environment(SWEEP_LEDGER="/dev/full"), timeout=60)
+    assert done.returncode == 0 and (checkout / "done").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # End to end: the real launcher, W&B's client and agent, and real training runs. Only the server is a stand-in.
 # ----------------------------------------------------------------------------------------------------------------------
 
 TINY = "--image-size 16 --patch-size 4 --projection-dim 32 --transformer-layers 1 --mlp-head-units=[32] --measure-seconds 0"
 end_to_end = pytest.mark.end_to_end
-
-
-@pytest.fixture
-def server():
-    server = WandbServer()
-    yield server
-    server.close()
 
 
 class Launched:
@@ -255,13 +327,13 @@ class Launched:
             time.sleep(0.1)
 
 
-def processes(folder: Path) -> list[str]:
-    """The command lines of all processes whose working directory is `folder`."""
-    command_lines = []
+def processes(folder: Path) -> dict[int, str]:
+    """The command lines of all processes whose working directory is `folder`, by their numbers."""
+    command_lines = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "cwd").readlink() == folder:
-                command_lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                command_lines[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:  # the process has ended
             continue
     return command_lines
@@ -299,7 +371,7 @@ def test_a_sweep_from_end_to_end(checkout, server, digits):
     launched.on_line = go_away_and_come_back
     seen: set[str] = set()
     while launched.process.poll() is None:
-        seen.update(processes(checkout))
+        seen.update(processes(checkout).values())
         time.sleep(0.5)
     assert launched.wait() == 1, launched.lines
     log = "\n".join(launched.lines)
@@ -340,7 +412,7 @@ def test_a_sweep_from_end_to_end(checkout, server, digits):
     assert not any(KEY in line for line in seen) and KEY not in log
     written = [path for path in checkout.rglob("*") if path.is_file()]
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
-    assert processes(checkout) == []
+    assert processes(checkout) == {}
 
     # A second machine for the same device and backend joins. Any other is refused, because its runs would be recorded wrongly.
     path = f"{ENTITY}/{PROJECT}/sweep1"
@@ -387,4 +459,109 @@ def test_ctrl_c_ends_the_run_and_the_agent_cleanly(checkout, server, digits, com
     assert launched.lines[-1].endswith("(jax): 0 finished, 1 stopped early, 0 failed"), launched.lines
     (run,) = server.runs.values()
     assert run["exit"] is not None and len(server.sweeps) == 1
-    assert (checkout / "best.weights.h5").exists() and processes(checkout) == []
+    assert (checkout / "best.weights.h5").exists() and processes(checkout) == {}
+
+
+# Trains until it is told to stop, then takes a second to save its results, unless it is told once more.
+PROGRAM = """
+import os, signal, sys, time
+if "--help" in sys.argv:
+    sys.exit()
+signals = []
+signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number) if not signals else os._exit(1))
+open("training", "w")
+while not signals:
+    time.sleep(0.1)
+time.sleep(1)
+open("saved", "w")
+sys.exit(143)
+"""
+# Runs its commands on this machine. As with Docker, a container outlives a `docker run` that cannot print.
+# Runs its commands on this machine. As with Docker, a container outlives a `docker run` that cannot print.
+DOCKER = """#!/bin/bash
+case $1 in
+run)
+  until [[ $1 == vit:* ]]; do
+    [[ $1 != -e || $2 != *=* ]] || export "$2"
+    shift
+  done
+  rm -f container.*
+  { setsid "${@:2}" >container.log 2>container.err & echo $! >container.pid; wait $!; echo $? >container.status; } &
+  trap 'kill "$(<container.pid)"' TERM
+  until [[ -s container.pid ]]; do sleep 0.1; done
+  tail --pid "$(<container.pid)" -s 0.1 -n +1 -f container.log &
+  while kill -0 $! 2>/dev/null; do wait $! || code=$?; done
+  [[ $code != 141 ]] || exit 141
+  until [[ -s container.status ]]; do sleep 0.1; done
+  exit "$(<container.status)" ;;
+kill) kill -s "$3" "$(<container.pid)" ;;
+stop) kill "$(<container.pid)" && tail --pid "$(<container.pid)" -s 0.1 -f /dev/null ;;
+esac
+"""
+
+
+@end_to_end
+@pytest.mark.parametrize("docker", [False, True])
+@pytest.mark.parametrize(
+    "start, target, signals",
+    [
+        ("exec $LAUNCH", "group", "INT"),  # Ctrl-C
+        ("$LAUNCH 2>&1 | tee log", "group", "INT"),  # it ends tee, too
+        ("exec $LAUNCH >/dev/full 2>&1", "group", "INT"),
+        ("exec $LAUNCH >&- 2>&-", "launcher", "TERM"),
+        ("$LAUNCH & wait", "launcher", "TERM"),  # by a script: SIGINT is ignored from here on
+        ("exec timeout 1000 $LAUNCH", "group", "TERM"),
+        ("exec $LAUNCH", "launcher", "KILL"),
+        ("exec $LAUNCH", "terminal", "HUP"),
+        ("exec $LAUNCH", "frozen", "INT INT"),
+        ("WANDB_AGENT_KILL_DELAY=3 exec $LAUNCH", "frozen", "INT"),
+    ],
+)
+def test_no_training_outlives_its_launcher(start, target, signals, docker, checkout, server):
+    """However a launcher is stopped, the run saves its results and nothing is left. A frozen run is killed, after a
+    while or by a second Ctrl-C."""
+    (checkout / "vit.py").write_text(PROGRAM)
+    (checkout / "docker").write_text(DOCKER)
+    (checkout / "docker").chmod(0o755)
+    env = environment(WANDB_BASE_URL=server.url, LAUNCH="./run_sweep_ook.sh jax" + " --no-docker" * (not docker))
+    env["PATH"] = f"{checkout}:{env['PATH']}"
+    group, terminal = pty.fork()
+    if group == 0:
+        os.chdir(checkout)
+        os.execvpe("bash", ["bash", "-c", start], env)
+    os.set_blocking(terminal, False)
+    output = b""
+
+    def wait_until(condition, seconds: float) -> None:
+        nonlocal output
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, (processes(checkout), output.decode())
+            with contextlib.suppress(OSError):  # the terminal is closed, or has nothing to read
+                output += os.read(terminal, 65536)
+            time.sleep(0.05)
+
+    def find(words: str) -> list[int]:
+        return [number for number, line in processes(checkout).items() if re.search(words, line)]
+
+    wait_until((checkout / "training").exists, 60)
+    launcher = find(r"^bash \S*run_sweep_ook.sh")[0]
+    if target == "frozen":
+        for number in find("[ /]vit.py"):
+            os.kill(number, signal.SIGSTOP)
+    for name in signals.split():
+        if target == "terminal":
+            os.close(terminal)
+        elif target == "launcher":
+            os.kill(launcher, getattr(signal, f"SIG{name}"))
+        else:
+            os.killpg(group, getattr(signal, f"SIG{name}"))
+        time.sleep(2.5 if signals == "INT INT" else 0)
+    if signals != "KILL":
+        wait_until(lambda: launcher not in processes(checkout), 40)
+        assert find("sweep.py|vit.py|wandb agent") == []
+    wait_until(lambda: processes(checkout) == {}, 20)
+    assert (checkout / "saved").exists() == (target != "frozen"), output.decode()
+    if target != "terminal":
+        os.close(terminal)
+    os.waitpid(group, 0)

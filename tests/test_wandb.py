@@ -1,6 +1,7 @@
 """Promises about W&B: nothing that was logged is lost, nobody is asked for anything, and without W&B it is not imported."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -75,10 +76,10 @@ def start_tracking(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
 
-    def start(**variables: str):
+    def start(run_id: str | None = None, **variables: str):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return tracking.start_wandb("project", None, None, [], {}, None)
+        return tracking.start_wandb("project", None, None, [], {}, run_id)
 
     yield start
     wandb.teardown()  # it reads the environment once
@@ -100,3 +101,27 @@ def test_a_key_that_does_not_work_logs_offline_with_a_warning(key, start_trackin
     assert "vit.py: warning: W&B logs offline" in warnings and "SWEEP SEES NOTHING" in warnings
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert any(record["type"] == "history" for record in records(folder)) and time.perf_counter() - began < 240
+
+
+def test_the_command_for_a_resumed_offline_run_uploads_all_its_parts(start_tracking, tmp_path, capsys):
+    """They are in folders of their own with one id. W&B names the last one, whose upload alone would replace the others."""
+    server = pytest.importorskip("wandb_server", reason="W&B's sweeps library is not installed").WandbServer()
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    for epochs in ([1, 2], [3], [4, 5]):
+        run = start_tracking("abc", WANDB_MODE="offline", WANDB_DIR=str(folder))
+        for epoch in epochs:
+            run.log({"epoch": epoch})
+        capsys.readouterr()
+        tracking.finish_wandb(run, {"last": epochs[-1]}, is_complete=False)
+        printed = capsys.readouterr().out
+        assert ("WANDB_RESUME" in printed) == (epochs != [1, 2])
+        time.sleep(1.1)  # the folders are named after the second
+    command = printed.strip().rpartition("to upload all of it: ")[2]
+    env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4}
+    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(command, shell=True, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, check=True)
+    server.close()
+    (uploaded,) = server.runs.values()
+    assert [row["epoch"] for row in uploaded["history"]] == [1, 2, 3, 4, 5]
+    assert uploaded["summary"]["last"] == 5
