@@ -153,7 +153,8 @@ class WandbServer:
         run = self._run(asked["name"])
         run["config"] |= {name: item["value"] for name, item in json.loads(asked.get("config") or "{}").items()}
         run["sweep"] = asked.get("sweep") or run["sweep"]
-        run["project"] = {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": asked["entity"]}}
+        entity = {"id": "e", "name": asked["entity"] or ENTITY}  # who names none gets that of the key
+        run["project"] = {"id": "p", "name": asked["project"], "entity": entity}
         bucket = {"id": run["name"], "name": run["name"], "displayName": run["name"], "description": None}
         bucket |= {"config": "{}", "sweepName": run["sweep"], "project": run["project"], "historyLineCount": 0}
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}
