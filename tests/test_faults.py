@@ -55,7 +55,9 @@ def errors(run: Run) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, start_vit, tmp_path):
     """Results, best weights and the W&B run are finished, the last line says how to go on, and the status names the signal.
 
