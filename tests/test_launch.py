@@ -252,7 +252,9 @@ def test_backends_run_and_are_reported(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "benchmark.py", "--backends", *backends, "--repeats", "1", "--out", out, "--"]
     environment = {**os.environ, "KERAS_BACKEND": INSTALLED[0]}
-    done = subprocess.run([*command, *TINY.split(), "--num-epochs=2"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *TINY.split(), "--num-epochs=2"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for number, item in enumerate(backends, start=1):
         line = rf"^\[{number}/2\] {item}, seed 0 \.\.\. \d+ s, [\d,.]+ images/s"
