@@ -38,6 +38,8 @@ def pytest_configure(config) -> None:
     # In the background SIGINT is ignored, also by what is started from there: a launcher could not trap a Ctrl-C.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not hasattr(config, "workerinput"):  # not in a process of pytest-xdist
         # What JAX and torch compile in one process serves the next.
         cache = tempfile.TemporaryDirectory(prefix="vit-tests-", ignore_cleanup_errors=True)

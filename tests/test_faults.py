@@ -292,7 +292,8 @@ def run_limited(start_vit, backend: str, *flags: str) -> Run:
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_out_of_memory_is_one_line_whose_advice_works(backend, start_vit, tmp_path):
     """The allocator of each backend fails for real. The number in the line is followed until the run fits."""
-    images, labels = np.zeros((128, 8, 8, 3), np.uint8), np.arange(128) % 4
+    images = np.random.default_rng(0).integers(0, 256, (128, 8, 8, 3), np.uint8)
+    labels = np.arange(128) % 4
     np.savez(tmp_path / "images.npz", x_train=images, y_train=labels, x_test=images[:8], y_test=labels[:8])
     flags = f"--dataset images.npz {LARGE} --num-heads 2 --validation-split 0 --num-epochs 1 --measure-seconds 0"
     flags += " --no-use-wandb --checkpoint-path a.weights.h5 --gradient-accumulation-steps"
