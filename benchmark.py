@@ -24,11 +24,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from edgebench.cli import ExperimentError, Interrupted, one_line, require, require_writable_folder, steady_streams
+from edgebench.cli import ExperimentError, Interrupted, one_line, require, require_writable_folder
 from edgebench.compare import items, launch
 from edgebench.compare.report import write_report
 from edgebench.compare.runs import read_failures, read_results
 from edgebench.compare.sentences import DEFAULT_REPEATS
+from edgebench.streams import steady_streams
 
 EPILOG = f"""Flags after -- go to vit.py (see python vit.py --help). benchmark.py sets {", ".join(items.RESERVED_FLAGS)} itself,
 and counts --seed up from round to round. It adds --no-use-wandb unless you give --use-wandb or --no-use-wandb, because

@@ -34,7 +34,7 @@ from typing import Literal
 
 from dotenv import load_dotenv
 
-from edgebench import cli, process
+from edgebench import cli, process, streams
 from edgebench.cli import BACKENDS, ExperimentError, require
 from edgebench.files import WeightsFile, require_replaceable
 
@@ -225,22 +225,22 @@ def read_config(argv: Sequence[str]) -> ViTConfig:
     return config
 
 
-def _set_backend_from_env_or_cli(argv: Sequence[str]) -> ViTConfig:
-    """Set everything that Keras and its backend read when they are imported, and return the configuration."""
+def _set_backend_from_env_or_cli(argv: Sequence[str]) -> tuple[ViTConfig, dict[str, str]]:
+    """Set everything that Keras and its backend read when they are imported -> the configuration, the user's variables."""
     config = read_config(argv)
     os.environ["KERAS_BACKEND"] = config.keras_backend
-    process.clear_environment()
+    environment = process.clear_environment()
     process.set_environment(config.device, config.compile_cache)
-    return config
+    return config, environment
 
 
 if __name__ == "__main__":
-    cli.steady_streams()
+    streams.steady_streams()
     with cli.errors_in_one_line("--debug" in sys.argv):
-        _config = _set_backend_from_env_or_cli(sys.argv[1:])
+        _config, ENVIRONMENT = _set_backend_from_env_or_cli(sys.argv[1:])
 else:  # imported by a test, a notebook or a hand-written model of peers/, whose command line is not ours
     os.environ["KERAS_BACKEND"] = cli.setting("KERAS_BACKEND").lower() or "jax"
-    process.clear_environment()
+    ENVIRONMENT = process.clear_environment()
 
 # Only now, as Keras chooses its backend, and the backend its device, when they are imported.
 with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_program=__name__ == "__main__"):
@@ -578,7 +578,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
     config = replace(config, keras_backend=backend)  # for callers that have imported this module
     machine = device.prepare(config.device, config.seed, config.dtype_policy, config.tf32)
     packages = {"Keras": keras.__version__, backend: importlib.metadata.version(backend)}
-    results = start_results(backend, packages, machine, config.as_json(), IMPORT_S)
+    results = start_results(backend, packages, machine, config.as_json(), ENVIRONMENT, IMPORT_S)
     budget_s, cache = config.measure_seconds, CompileCache()
 
     # Load

@@ -46,7 +46,7 @@ class WeightsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._written: os.stat_result | None = None
+        self._written: tuple[int, ...] | None = None
 
     def write(self, model) -> None:
         """Write the weights of a Keras model; where that fails, a warning says why."""
@@ -56,7 +56,7 @@ class WeightsFile:
             model.save_weights(file)
             with replacing(self.path) as scratch:
                 scratch.write_bytes(file.getbuffer())
-            self._written = os.stat(self.path)
+            self._written = _version(self.path)
         except OSError as error:
             warn(f"the best weights stay in memory, {self.path} cannot be written ({one_line(error)})")
 
@@ -64,9 +64,15 @@ class WeightsFile:
     def current(self) -> str | None:
         """The path, if the file is still the one written last; None where it was not written, or another run has replaced it."""
         with contextlib.suppress(OSError):
-            if self._written and os.path.samestat(self._written, os.stat(self.path)):
+            if self._written == _version(self.path):
                 return str(self.path)
         return None
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What tells a file from those that replace it, which may get the inode that an earlier one has freed."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 class InMemoryWeights(io.BytesIO):

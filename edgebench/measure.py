@@ -134,7 +134,7 @@ def steps(
     batch_size: int,
     batches_per_step: int,
     budget_s: float,
-    raise_if_stopped: Callable[[], None] = lambda: None,
+    raise_if_stopped: Callable[[], None],
 ) -> Sections:
     """Time of the first training step, which compiles, and of steady ones; the model is afterwards as before.
 

@@ -27,18 +27,18 @@ THEIRS = re.compile(
     "(JAX|XLA|TF|TENSORFLOW|TORCH|TORCHINDUCTOR|TORCHDYNAMO|PYTORCH|TRITON|CUDA|NVIDIA|CUBLAS|CUDNN|NCCL|OMP|GOMP|KMP|MKL"
     "|ONEDNN|DNNL|OPENBLAS|MALLOC)_.+|LD_PRELOAD|LD_LIBRARY_PATH"
 )
-# As the user has set them, before anything below sets more: part of how a run came about.
-BACKEND_ENVIRONMENT = {
-    name: value for name, value in sorted(os.environ.items()) if THEIRS.fullmatch(name) and name not in OURS
-}
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
-def clear_environment() -> None:
-    """Remove the variables that would change what runs, whatever the flags say; a warning names each one."""
+def clear_environment() -> dict[str, str]:
+    """Remove the variables that would change what runs, whatever the flags say; a warning names each one.
+
+    Return those for the backends as the user has set them: part of how a run came about. Later calls set more.
+    """
     for name, decides in OURS.items():
         _override(name, None, decides)
     _override("KERAS_NNX_ENABLED", "false", "vit.py")  # not None: keras.json can turn it on, too
+    return {name: value for name, value in sorted(os.environ.items()) if THEIRS.fullmatch(name)}
 
 
 def set_environment(device: str, compile_cache: bool) -> None:

@@ -20,7 +20,6 @@ from edgebench.device import Device, backend_threads
 from edgebench.energy import UNAVAILABLE, Meters, energy_figures
 from edgebench.files import replacing
 from edgebench.load import LoadMeter
-from edgebench.process import BACKEND_ENVIRONMENT
 from edgebench.schema import SCHEMA_VERSION
 from edgebench.timing import Epoch
 from edgebench.tracking import finish_wandb
@@ -28,8 +27,13 @@ from edgebench.tracking import finish_wandb
 POWER_MODE = Path("/var/lib/nvpmodel/status")  # of a Jetson, as nvpmodel keeps it
 
 
-def start_results(backend: str, packages: dict[str, str], device: Device, config: dict, import_s: float) -> dict:
-    """Print what is known of a run at its start and return it as its first results; `packages` are versions by name."""
+def start_results(
+    backend: str, packages: dict[str, str], device: Device, config: dict, environment: dict[str, str], import_s: float
+) -> dict:
+    """Print what is known of a run at its start and return it as its first results.
+
+    `packages` are versions by name, `environment` the variables that the user has set for a backend.
+    """
     versions = {"Python": platform.python_version(), **packages, "CUDA": device.cuda}
     known_versions = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     print(f"{known_versions} on {device.name}, node {config['node_name']}")
@@ -46,7 +50,7 @@ def start_results(backend: str, packages: dict[str, str], device: Device, config
         "git_dirty": None if status is None else bool(status),
         "backend": backend,
         "versions": versions,
-        "environment": BACKEND_ENVIRONMENT,
+        "environment": environment,
         "config": config,
         **{name: config[name] for name in ("dtype_policy", "tf32", "augmentation")},
         "micro_batches": config["gradient_accumulation_steps"],

@@ -37,7 +37,7 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
     """Measure, train, evaluate and record as vit.run_experiment does; `callbacks` are called as Keras would, but not for batches."""
     machine = prepare(config.device, config.seed, config.dtype_policy, config.tf32)
     packages = {name: importlib.metadata.version(name) for name in native_class.packages}
-    results = start_results(native_class.name, packages, machine, config.as_json(), vit.IMPORT_S)
+    results = start_results(native_class.name, packages, machine, config.as_json(), vit.ENVIRONMENT, vit.IMPORT_S)
     what, budget_s, cache = results["what"], config.measure_seconds, CompileCache()
 
     # Load

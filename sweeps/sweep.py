@@ -16,7 +16,6 @@ records how that process ends.
 import argparse
 import contextlib
 import ctypes
-import io
 import json
 import os
 import signal
@@ -26,6 +25,10 @@ import threading
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # a script finds only what lies beside it
+
+from edgebench.streams import steady_streams
+
 CONFIG = Path("sweep_config.json")
 KERAS_NAMES = {"jax": "jax", "pytorch": "torch"}  # the launchers' name of a backend -> Keras' name
 STOP, STOP_AT_ONCE = {signal.SIGTERM, signal.SIGINT}, signal.SIGUSR1  # what the launchers send to `agent`
@@ -33,8 +36,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def main() -> None:
-    open_standard_streams()
-    sys.stderr = SteadyStderr()
+    steady_streams()
     arguments, flags = sys.argv[1:], []
     if arguments[:1] == ["trial"]:  # the rest is the program's command line
         sys.exit(trial(arguments[1:]))
@@ -321,23 +323,6 @@ def write(number: int, data: bytes) -> None:
     """Write to a standard stream, and survive that nobody can read it: its disk is full, or its reader has left."""
     with contextlib.suppress(OSError):
         os.write(number, data)  # unbuffered: nothing is left that could fail when the process ends
-
-
-class SteadyStderr(io.TextIOBase):
-    """Standard error for code that prints, such as W&B's client."""
-
-    def write(self, text: str) -> int:
-        write(2, text.encode(errors="replace"))
-        return len(text)
-
-
-def open_standard_streams() -> None:
-    """Open /dev/null for each standard stream that is closed, so that no other file gets its number."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
 
 
 def die_with_parent(number: int) -> None:

@@ -208,6 +208,21 @@ def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_lin
         resume.read(path, identity, 9)
 
 
+def test_a_weights_file_that_another_run_has_replaced_is_not_claimed(tmp_path):
+    """Its file may get the inode that an earlier one of this run has freed."""
+    model, file = (
+        keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]),
+        files.WeightsFile(tmp_path / "a.weights.h5"),
+    )
+    file.write(model)
+    assert file.current == str(file.path)
+    file.path.write_bytes(b"theirs")
+    os.utime(file.path, ns=(0, 0))
+    assert file.current is None
+    file.write(model)
+    assert file.current == str(file.path)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_a_weights_file_that_cannot_be_replaced_is_refused_before_the_training():
     """Another user's file in a folder like /tmp."""

@@ -32,6 +32,7 @@ def test_settings_from_outside_change_nothing_that_is_learned(backend, start_vit
     changed = {"floatx": "float16", "epsilon": 0.1, "image_data_format": "channels_first"}
     (tmp_path / "keras" / "keras.json").write_text(json.dumps(changed | {"nnx_enabled": True}))
     (tmp_path / "file").touch()
+    (tmp_path / ".env").write_text("KMP_BLOCKTIME=200\n")
     odd = {"KERAS_BACKEND": f"{backend.title()}\r\n", "VIT_DEVICE": " CPU\r", "OMP_NUM_THREADS": "1"}
     if backend == "torch":  # JAX would compile everything anew
         odd |= {"XDG_CACHE_HOME": str(tmp_path / "file")}
@@ -43,7 +44,9 @@ def test_settings_from_outside_change_nothing_that_is_learned(backend, start_vit
     for text in (*(f"{name}={value}" for name, value in IGNORED.items()), *changed):
         assert sum(text in line for line in warnings) == 1, (text, run.stderr)
     assert ("compiled code is not kept" in run.stderr) == (backend == "torch")
-    assert only_results(tmp_path)["what"]["environment"]["OMP_NUM_THREADS"] == "1"
+    environment = only_results(tmp_path)["what"]["environment"]
+    assert environment["OMP_NUM_THREADS"] == "1" and environment["KMP_BLOCKTIME"] == "200"
+    assert not IGNORED.keys() & environment.keys()
 
 
 @pytest.mark.parametrize("settings", ['{"floatx": "bfloat16"}', '{"epsilon": 1}', "[1]"])
