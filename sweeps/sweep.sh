@@ -163,7 +163,7 @@ set_prefix() { # backend, flags of docker run
     prefix=(env "KERAS_BACKEND=${backend/pytorch/torch}")
     return
   fi
-  prefix=(docker run --rm --init --name "$(container)" -v "$PWD:/app" "${@:2}")
+  prefix=(docker run --rm --init --name "$container" -v "$PWD:/app" "${@:2}")
   for name in "${PASSED_TO_CONTAINER[@]}"; do
     [[ -v $name ]] && prefix+=(-e "$name") # by name only: the command line must not show the API key
   done
@@ -221,8 +221,6 @@ run_backend() { # backend
   summary+=("$text")
 }
 
-container() { echo "vit-sweep-$DEVICE-$current"; }
-
 # Runs a command in its own process group, so that a terminal's Ctrl-C reaches only the launcher, which then stops the
 # command. If the launcher is killed, the command is told to stop.
 run() {
@@ -240,7 +238,7 @@ run_agent() {
   local status=0
   run "$@" || status=$?
   # A `docker run` that cannot print ends without its container, and `sweep.py agent` there without having been told to.
-  ! $docker || run docker stop -t "$((WANDB_AGENT_KILL_DELAY + 10))" "$(container)" >/dev/null 2>&1 || true
+  ! $docker || run docker stop -t "$((WANDB_AGENT_KILL_DELAY + 10))" "$container" >/dev/null 2>&1 || true
   return "$status"
 }
 
@@ -249,7 +247,8 @@ stop() {
   # `timeout` sends its signal twice.
   ((interrupts == 0 || SECONDS - interrupted_at > 1)) || return 0
   interrupts=$((interrupts + 1)) interrupted_at=$SECONDS
-  [[ -n $(jobs -p) ]] || exit 130
+  # Not `jobs -p` in a subshell, which the second signal would end.
+  kill -0 "${!-}" 2>/dev/null || exit 130
   if ((interrupts == 1)); then
     signal_job TERM
     log "stopping: the run ends after its current step (press Ctrl-C again to kill it)"
@@ -262,7 +261,7 @@ stop() {
 # Sends a signal to `sweep.py agent`, in its container or without one, or to another command that runs.
 signal_job() { # signal
   {
-    $docker && timeout 30 docker kill --signal "$1" "$(container)" || kill -s "$1" "$(jobs -p)"
+    $docker && timeout 30 docker kill --signal "$1" "$container" || kill -s "$1" "$!"
   } >/dev/null 2>&1 || true
 }
 
@@ -292,11 +291,12 @@ main() {
   set_agent_defaults
   check_prerequisites
 
-  current="" interrupts=0 interrupted_at=0 failed=false summary=()
+  container="" interrupts=0 interrupted_at=0 failed=false summary=()
   trap stop INT TERM
   trap '((interrupts)) || stop' HUP # who closes the terminal after Ctrl-C still wants the results
   trap : PIPE
   for current in "${backends[@]}"; do
+    container=vit-sweep-$DEVICE-$current
     run_backend "$current" || {
       failed=true
       ((interrupts)) || log "error: no sweep for $current"
