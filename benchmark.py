@@ -5,6 +5,7 @@
     python benchmark.py --backends jax jax:dtype_policy=mixed_bfloat16,attention_dropout=0
     python benchmark.py --backends jax native-jax torch native-torch # what Keras costs: peers/ does the same without it
     python benchmark.py --report results-orin results-desktop        # no new runs: compare existing results
+    python benchmark.py --report results/20260101T000000-orin-jax-0123abcd.json # the learning curve of one run
 
 Every run is a process of its own, so nothing is warm and no memory is carried over. Run k of every backend has the same
 seed, and the next run another one. The order is reversed from round to round (A B, B A), so that a device which heats up
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from edgebench.cli import ExperimentError, Interrupted, one_line, require, require_writable_folder
 from edgebench.compare import items, launch
-from edgebench.compare.report import write_report
+from edgebench.compare.report import folder_for, write_report
 from edgebench.compare.runs import read_failures, read_results
 from edgebench.compare.sentences import DEFAULT_REPEATS
 from edgebench.streams import steady_streams
@@ -44,18 +45,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="benchmark.py",
         description="Run vit.py on several Keras backends, repeatedly, and compare them; or report on earlier runs.",
         epilog=EPILOG,
-        usage="%(prog)s [options] [-- FLAGS FOR vit.py]\n       %(prog)s --report DIR [DIR ...] [--baseline NAME] [--out DIR]",
+        usage="%(prog)s [options] [-- FLAGS FOR vit.py]\n       %(prog)s --report PATH [PATH ...] [--baseline NAME] [--out DIR]",
         allow_abbrev=False,
     )
-    backends_help = (
-        "jax, torch, tensorflow (default: those that are installed), native-jax, native-torch; with flags of "
-    )
+    backends_help = "jax, torch, tensorflow (default: those that are installed), native-jax, native-torch; with flags "
     backends_help += (
-        "vit.py for it alone, as in jax:dtype_policy=mixed_bfloat16,attention_dropout=0. torch alone means "
+        "of vit.py for it alone, as in jax:dtype_policy=mixed_bfloat16,attention_dropout=0. torch alone means "
     )
     backends_help += "torch:jit=off torch:jit=on, on a CPU too, unless --jit stands after --"
     cold_help = "compile anew in every run (--no-compile-cache), not only in the first of each backend"
-    out_help = "folder for results and report (default: benchmark-results/<UTC time>, with --report its first DIR); "
+    out_help = "folder for results and report (default: benchmark-results/<UTC time>, with --report its first PATH); "
     out_help += "the report includes runs that are already there"
     repeats_help = f"runs of each (default: {DEFAULT_REPEATS}); an even number balances the order"
     baseline_help = "compare the others with this one, as in --backends or as in a report (default: the first)"
@@ -64,8 +63,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--cold", action="store_true", help=cold_help)
     parser.add_argument("--baseline", metavar="NAME", help=baseline_help)
     parser.add_argument("--out", type=launch.folder, metavar="DIR", help=out_help)
-    report_help = "run nothing; report on the results below DIR"
-    parser.add_argument("--report", nargs="+", type=launch.folder, metavar="DIR", help=report_help)
+    report_help = "run nothing; report on the results in a file, or below a folder"
+    parser.add_argument("--report", nargs="+", type=launch.folder, metavar="PATH", help=report_help)
     args = parser.parse_args(argv[:split])
     flags = argv[split + 1 :]
     if args.report:
@@ -107,9 +106,9 @@ def main(argv: Sequence[str]) -> int:
         if not args.report:
             return benchmark(args, flags)
         runs = read_results(args.report)
-        require(bool(runs), f"no results of vit.py below {', '.join(map(str, args.report))}")
+        require(bool(runs), f"no results of vit.py in {', '.join(map(str, args.report))}")
         baseline = items.find_baseline(args.baseline, runs, args.report)
-        write_report(args.out or args.report[0], runs, read_failures(args.report), baseline)
+        write_report(args.out or folder_for(args.report[0]), runs, read_failures(args.report), baseline)
         return 0
     except ExperimentError as error:
         print(f"benchmark.py: error: {one_line(error)}", file=sys.stderr)

@@ -414,6 +414,59 @@ def test_the_report_comes_as_markdown_csv_and_picture(write, tmp_path, capsys):
     assert height > 1.5 * width > 1000
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "quality/epochs": [
+                {"loss": 3.0 - k, "val_loss": 3.1 - k, "accuracy": 0.2, "val_accuracy": 0.3} for k in (0, 1)
+            ]
+        },
+        {"quality/epochs": [{"loss": 3.0, "accuracy": 0.2}], "quality/best_epoch": 1},
+        {"quality/epochs": [3, None, {"loss": "x", "val_accuracy": float("nan")}], "quality/best_epoch": "two"},
+        {"quality/epochs": 3, "quality/epoch_end_s": "x", "energy": None, "memory": [], "what/device": "a $x"},
+    ],
+    ids=["validated", "one epoch without validation", "damaged epochs", "no epochs"],
+)
+@pytest.mark.parametrize("runs", [1, 2])
+def test_one_results_file_is_drawn_whatever_it_lacks_and_replaces_no_other_report(
+    runs, changes, write, tmp_path, capsys
+):
+    """A file named alone: the learning curve of its run, in a folder of its own. And a folder with the same runs."""
+    image = pytest.importorskip("matplotlib.image")
+    path = [write(changes=changes) for _ in range(runs)][0]
+    assert benchmark.main(["--report", str(path)]) == benchmark.main(["--report", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+    alone = tmp_path / f"{path.stem}-report"
+    assert "Runs: 1 (1 JAX (compiled))" in (alone / "report.md").read_text()
+    assert f"Runs: {runs} ({runs} JAX (compiled))" in (tmp_path / "report.md").read_text()
+    pictures = [image.imread(folder / "report.png") for folder in (alone, tmp_path)]
+    assert (pictures[0].shape == pictures[1].shape) is (runs == 1)
+
+
+def test_a_picture_has_no_empty_panel_and_a_slow_run_squeezes_no_bar(write, tmp_path, monkeypatch):
+    """Unmeasured energy is a line at the foot; the axis follows the medians, and the number of a run beyond it is shown."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **options: drawn.append(self))
+    for backend in ("jax", "torch"):
+        rates(write, backend, 2.0, 2.1, 2.2, 50.0, path="time/latency_ms", energy={})
+    for path in tmp_path.glob("*.json"):
+        document = json.loads(path.read_text())
+        document["time"]["latency_ms"] = {"p50": document["time"]["latency_ms"]}
+        path.write_text(json.dumps(document))
+    report.picture.draw(tmp_path / "report.png", read_results([tmp_path]), None)
+    texts = [text.get_text() for text in drawn[0].texts]
+    titles = [
+        text for text in texts if text.startswith(("Training", "Latency", "Peak", "Energy", "Validation", "Wait"))
+    ]
+    assert [title.split()[0] for title in titles] == ["Training", "Latency", "Peak", "Validation", "Wait"]
+    assert texts.count("more is better") == 2 and texts.count("less is better") == 3
+    assert any(text.startswith("Not measured: energy") for text in texts)
+    latency = drawn[0].axes[1]
+    assert latency.get_xlim()[1] < 3 and [text.get_text() for text in latency.texts].count("50.0 ▸") == 2
+
+
 def test_without_the_picture_and_the_files_the_report_is_still_printed(write, tmp_path, capsys, monkeypatch):
     """matplotlib is not installed; the disk is full: no part of a file is left, and the exit status says so."""
     write("jax")

@@ -172,6 +172,17 @@ def measure(metric: Metric, runs: Sequence[Run]) -> Figures:
     return Figures(metric, [], "", len(runs))
 
 
+def why_missing(metric: Metric, runs: Sequence[Run]) -> str:
+    """Return why there is no value of a metric in any of the runs."""
+    measured = runs_for(metric, runs)
+    if not measured:
+        states = ", ".join(dict.fromkeys(run.text("what/compile_cache/state") for run in runs))
+        return f"no run had a {metric.cache} compile cache, but: {states}"
+    paths = [path for path in (metric.path, metric.fallback) if path]
+    reasons = [reason for path in paths for run in measured if (reason := run.reason_for_missing(path))]
+    return "; ".join(dict.fromkeys(reasons)) or "the results do not say why"
+
+
 def pairs(a: Figures, b: Figures) -> list[tuple[float, float]]:
     """Return the values of runs with the same seed. Several runs of one seed are paired in the order they were started.
 

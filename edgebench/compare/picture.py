@@ -1,11 +1,28 @@
-"""The picture of a comparison."""
+"""The picture of a comparison, or of a single run, narrow enough for a phone."""
 
+import functools
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from edgebench.compare.metrics import COMPILE_COLD, ENERGY, MEMORY, TRAINING, Metric, measure
+from edgebench.compare import bars, curves
+from edgebench.compare.bars import GREY, INK
+from edgebench.compare.metrics import (
+    ACCURACY,
+    ENERGY,
+    FIRST_EPOCH_COLD,
+    FIRST_EPOCH_WARM,
+    FIRST_STEP_COLD,
+    FIRST_STEP_WARM,
+    LATENCY,
+    MEMORY,
+    TRAINING,
+    Metric,
+    measure,
+    why_missing,
+)
 from edgebench.compare.runs import Run, distinct
 from edgebench.compare.sets import by_device, by_name
 
@@ -22,103 +39,156 @@ COLOURS = {
     "native torch (eager)": "#999999",
     "JAX (eager)": "#000000",
 }
-BARS = (
-    (TRAINING, "Training, images/s (more is better)"),
-    (COMPILE_COLD, "Compile time with a cold cache, s"),
-    (MEMORY, "Peak memory, MiB"),
-    (ENERGY, "Energy, J/training image"),
-)
-STYLE = {"font.size": 14, "axes.titlesize": 15, "axes.spines.top": False, "axes.spines.right": False}
+MORE, LESS = "more is better", "less is better"
+BARS = {  # in the order in which a user asks; the waiting time follows after the accuracy
+    TRAINING: ("Training speed, images/s", MORE),
+    LATENCY: ("Latency of one image, ms", LESS),
+    MEMORY: ("Peak memory{}, MiB", LESS),
+    ENERGY: ("Energy{}, J per training image", LESS),
+}
+WAITS = {  # of these, the first that was measured
+    FIRST_STEP_COLD: "Wait for the first step, nothing cached, s",
+    FIRST_EPOCH_COLD: "Wait for the first epoch, nothing cached, s",
+    FIRST_STEP_WARM: "Wait for the first step, cached, s",
+    FIRST_EPOCH_WARM: "Wait for the first epoch, cached, s",
+}
+STYLE = {
+    **{"font.size": 15, "text.color": INK, "axes.spines.top": False, "axes.spines.right": False},
+    "text.parse_math": False,  # a $ in a device's name is a $
+}
+WIDTH, LEFT, RIGHT = 8.0, 2.45, 0.25  # inches
+LONGEST_REASON = 60  # characters; a longer one stands in the report only
+
+
+class Panel(NamedTuple):
+    """A part of the picture. The heights are in inches: of the axes, and of what stands below them."""
+
+    title: str
+    direction: str
+    draw: Callable
+    height: float
+    below: float = 0.0
+    left: float = LEFT
 
 
 def draw(path: Path, runs: Sequence[Run], baseline: str | None) -> None:
-    """Draw the largest set of comparable runs, narrow enough for a phone. Needs matplotlib."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    """Draw the largest set of comparable runs, or the learning curve if there is one run only. Needs matplotlib."""
+    if len(runs) == 1:
+        _save(path, *_single_run(runs[0]))
+    else:
+        _save(path, *_comparison(runs, baseline))
 
+
+def _comparison(runs: Sequence[Run], baseline: str | None) -> tuple[list[str], list[Panel], list[str]]:
+    """Return the header, the panels and the footer of a comparison."""
     sets = list(itertools.chain(*by_device(runs).values()))
     group = max(sets, key=lambda runs: (len(by_name(runs, None)), len(runs)))
     backends = by_name(group, baseline)
     free = itertools.cycle([colour for name, colour in COLOURS.items() if name not in backends] or COLOURS.values())
     colours = {name: COLOURS.get(name) or next(free) for name in backends}
-    heights = [*[len(backends) + 1.2] * len(BARS), 5.5]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8, 14), layout="constrained")
-        *bars, accuracy = figure.subplots(len(heights), height_ratios=heights)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-        figure.suptitle(_title(group, len(sets), backends), fontsize=15)
-        for axis, (metric, title) in zip(bars, BARS, strict=True):
-            axis.set_title(title, loc="left")
-            _draw_bars(axis, metric, backends, colours)
-        accuracy.set_title("Validation accuracy, %, against training time, s", loc="left")
-        _draw_accuracy(accuracy, backends, colours)
-        figure.savefig(path, dpi=110)
+    panels, missing = [], []
+    for metric, (title, direction) in BARS.items():
+        if any(measure(metric, runs).values for runs in backends.values()):
+            panels.append(_bars(metric, title, direction, backends, colours))
+        else:
+            missing.append(_not_measured(metric, group))
+    if curves.accuracies(group):
+        draw_accuracy = functools.partial(curves.draw_accuracy, backends=backends, colours=colours)
+        legend = 0.6 + 0.3 * ((len(backends) + 1) // 2)
+        panels.append(Panel("Validation accuracy over time, %", MORE, draw_accuracy, 2.9, legend, left=0.85))
+    else:
+        missing.append("validation accuracy")
+    waits = [metric for metric in WAITS if measure(metric, group).values]
+    if waits:
+        panels.append(_bars(waits[0], WAITS[waits[0]], LESS, backends, colours))
+    else:
+        missing.append("waiting time")
+    counts = {len(runs) for runs in backends.values()}
+    n = f"{counts.pop()} of each" if len(counts) == 1 else ", ".join(f"{len(r)} {name}" for name, r in backends.items())
+    header = [*_header(group), f"runs: {n}" if len(backends) > 1 else f"{len(group)} runs of {group[0].name}"]
+    footer = ["Bar and number: median. Dots: runs. ▸: a run beyond the edge."]
+    if len(backends) > 1:
+        footer.append(f"On top: {next(iter(backends))}, with which the report compares the others.")
+    if len(sets) > 1:
+        footer.append(f"This is the largest of {len(sets)} sets of comparable runs.")
+    return header, panels, [*footer, *_missing_line(missing)]
 
 
-def _title(group: list[Run], sets: int, backends: dict[str, list[Run]]) -> str:
+def _single_run(run: Run) -> tuple[list[str], list[Panel], list[str]]:
+    """Return the header, the panels and the footer of the learning curve of a run."""
+    known = []
+    for metric in (TRAINING, LATENCY, MEMORY, ACCURACY):
+        if (figures := measure(metric, [run])).values:
+            text = f"{metric.title} {metric.show(figures.median)} {metric.unit} {figures.mark}".rstrip()
+            known.append(text.replace(" ", "\xa0"))  # stays on one line
+    panels, missing = [], []
+    for title, name, direction, scale in (("Accuracy, %", "accuracy", MORE, 100), ("Loss", "loss", LESS, 1)):
+        if curves.has_learning(run, name):
+            draw_learning = functools.partial(curves.draw_learning, run=run, metric=name, scale=scale)
+            panels.append(Panel(title, direction, draw_learning, 3.2, 0.95, left=0.95))
+        else:
+            missing.append(name)
+    header = [*_header([run]), f"{run.name}, seed {run.seed}", " · ".join(known)]
+    validated = any(value is not None for value in curves.epoch_values(run, "val_accuracy"))
+    rule = "Best epoch: by validation accuracy." if validated else "No validation: the last epoch counts as the best."
+    return header, panels, [rule, *_missing_line(missing)]
+
+
+def _header(group: Sequence[Run]) -> list[str]:
     parameters = group[0].number("what/num_parameters")
     model = "unknown size" if parameters is None else f"{parameters:,.0f} parameters"
-    lines = [
-        *textwrap.wrap(str(group[0].device), 60),
-        f"ViT of {model}, batch {distinct(group, 'what/config/batch_size')}, {distinct(group, 'what/config/dtype_policy')}",
-        *textwrap.wrap("n: " + ", ".join(f"{len(runs)} {name}" for name, runs in backends.items()), 70),
-        "bar: median; dots: runs; whiskers: lowest to highest run",
-    ]
-    if sets > 1:
-        lines.append(f"the largest of {sets} sets of comparable runs")
-    return "\n".join(lines)
+    settings = f"batch {distinct(group, 'what/config/batch_size')}, {distinct(group, 'what/config/dtype_policy')}"
+    return [str(group[0].device), f"ViT of {model}, {settings}"]
 
 
-def _draw_bars(axis, metric: Metric, backends: dict[str, list[Run]], colours: dict[str, str]) -> None:
-    """Draw a bar to the median, a whisker from the least to the greatest value, and a dot per run."""
+def _not_measured(metric: Metric, group: Sequence[Run]) -> str:
+    reason = why_missing(metric, group)
+    return metric.subject.replace(" an image", "") + (f" ({reason})" if len(reason) <= LONGEST_REASON else "")
+
+
+def _missing_line(missing: Sequence[str]) -> list[str]:
+    return [f"Not measured: {', '.join(missing)}."] if missing else []
+
+
+def _bars(metric: Metric, title: str, direction: str, backends: Mapping[str, list[Run]], colours: dict) -> Panel:
+    """Return a panel of bars. A source that all values have in common stands in its title, else beside the numbers."""
     rows = {name: measure(metric, runs) for name, runs in backends.items()}
-    labels = [textwrap.fill(f"{name} ({figures.mark})" if figures.mark else name, 22) for name, figures in rows.items()]
-    axis.set_yticks(range(len(rows)), labels)
-    axis.set_ylim(len(rows) - 0.4, -0.6)  # the first backend on top
-    axis.tick_params(axis="y", length=0)
-    greatest = max((value for figures in rows.values() for value in figures.values), default=None)
-    if greatest is None:  # no run has a value
-        _draw_unavailable(axis)
-        return
-    axis.set_xlim(0, 1.3 * greatest or 1)  # leaves room for the number beside the whisker
-    for row, (name, figures) in enumerate(rows.items()):
-        if not figures.values or (metric.is_compilation and not backends[name][0].is_compiled):
-            reason = "does not compile" if figures.values else "unavailable"
-            axis.text(0.01, row, reason, color="grey", va="center", transform=axis.get_yaxis_transform())
-            continue
-        low, median, high = min(figures.values), figures.median, max(figures.values)
-        axis.barh(row, median, height=0.62, color=colours[name], alpha=0.45)
-        axis.errorbar(median, row, xerr=[[median - low], [high - median]], color="black", capsize=7, linewidth=1.5)
-        n = len(figures.values)
-        heights = [row + 0.36 * (i / (n - 1) - 0.5) for i in range(n)] if n > 1 else [row]
-        axis.scatter(figures.values, heights, s=36, color=colours[name], edgecolor="black", linewidth=0.7, zorder=3)
-        axis.text(high + 0.03 * greatest, row, metric.show(median), va="center")
+    marks = {figures.mark for figures in rows.values() if figures.values}
+    common = f" ({mark})" if len(marks) == 1 and (mark := next(iter(marks))) else ""
+    draw_bars = functools.partial(bars.draw_bars, rows=rows, colours=colours, with_marks=not common)
+    return Panel(title.format(common), direction, draw_bars, bars.height(rows))
 
 
-def _draw_accuracy(axis, backends: dict[str, list[Run]], colours: dict[str, str]) -> None:
-    """Draw a line per run over the seconds since its training began."""
-    for (name, runs), style in zip(backends.items(), itertools.cycle(("o-", "s--", "^:"))):
-        curves = [curve for run in runs if (curve := _accuracy_over_time(run))]
-        for i, curve in enumerate(curves):
-            label = name if i == 0 else None
-            axis.plot(*zip(*curve, strict=True), style, color=colours[name], label=label, markersize=6, alpha=0.8)
-    if not axis.lines:
-        _draw_unavailable(axis)
-        axis.set_yticks([])
-        return
-    axis.set_xlim(left=0)
-    axis.set_ylim(0, 1.06 * axis.get_ylim()[1])  # markers at 100 % stay whole
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, loc="lower right")
+def _save(path: Path, header: Sequence[str], panels: Sequence[Panel], footer: Sequence[str]) -> None:
+    """Lay out the panels below each other, each as high as it needs to be, and write the picture."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
+    device, *others = [line for text in header for line in textwrap.wrap(text, 66)]
+    small = [line for text in footer for line in textwrap.wrap(text, 78)]
+    title, line = 0.62, 0.29  # inches
+    heights = sum(title + panel.height + panel.below for panel in panels)
+    height = 0.6 + line * (len(others) + len(small)) + heights + 0.35
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height))
 
-def _accuracy_over_time(run: Run) -> list[tuple[float, float]]:
-    """Return (seconds, percent) at the end of every epoch that was validated."""
-    accuracies = [Run(run.path, epoch).number("val_accuracy") for epoch in run.get("quality/epochs") or []]
-    pairs = zip(run.get("quality/epoch_end_s") or [], accuracies, strict=False)  # an epoch without both is not drawn
-    return [(end, 100 * accuracy) for end, accuracy in pairs if end is not None and accuracy is not None]
+        def write(top: float, text: str, x: float = 0.2, **style) -> None:
+            figure.text(x / WIDTH, 1 - top / height, text, va="top", **style)
 
-
-def _draw_unavailable(axis) -> None:
-    axis.set_xticks([])
-    axis.text(0.5, 0.5, "unavailable", color="grey", ha="center", va="center", transform=axis.transAxes)
+        write(0.2, device, fontsize=18, weight="bold")
+        top = 0.6
+        for text in others:
+            write(top, text, color=GREY)
+            top += line
+        for panel in panels:
+            write(top + 0.26, panel.title, fontsize=16, weight="bold")
+            write(top + 0.28, panel.direction, WIDTH - RIGHT, ha="right", color=GREY)
+            top += title + panel.height
+            width = WIDTH - RIGHT - panel.left
+            axis = figure.add_axes((panel.left / WIDTH, 1 - top / height, width / WIDTH, panel.height / height))
+            panel.draw(axis)
+            top += panel.below
+        for text in small:
+            top += line
+            write(top - 0.1, text, color=GREY, fontsize=13)
+        figure.savefig(path, dpi=110)

@@ -1,16 +1,17 @@
 """The report on a comparison, as Markdown, CSV and a picture."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edgebench.cli import ExperimentError
 from edgebench.compare import picture
-from edgebench.compare.items import PEERS, packages_of
 from edgebench.compare.metrics import TRAINING, measure
+from edgebench.compare.provenance import notes, provenance
 from edgebench.compare.runs import NONE, Device, Run, distinct, plain, warn
 from edgebench.compare.sentences import device_statement, statements
-from edgebench.compare.sets import MODEL, NOTED_PATHS, NOTED_WITHIN_A_NAME, by_device, by_name, conditions, differences
+from edgebench.compare.sets import by_device, by_name, conditions, differences
+from edgebench.compare.summary import summary
 from edgebench.compare.tables import csv_text, markdown_table, result_tables
 from edgebench.compare.verdicts import Comparison, Decisions, compare_all, compare_devices, decide_all
 from edgebench.files import replacing
@@ -33,6 +34,14 @@ READING = f"""\
   in main memory, where the device keeps no count. Energy is that of the accelerator (of the whole module on a
   Jetson); `CPU`: that of the CPU package, where there is no other.
 - Training throughput leaves out validation; the time to the best epoch includes it."""
+
+
+def folder_for(place: Path) -> Path:
+    """Return where a report belongs: into the folder of the results, but that of one file into a folder of its own.
+
+    Beside the file may stand the report on all runs of its folder.
+    """
+    return place.with_name(f"{place.stem}-report") if place.is_file() else place
 
 
 def write_report(out: Path, runs: Sequence[Run], failures: Sequence[dict], baseline: str | None) -> None:
@@ -105,14 +114,16 @@ def _bullets(lines: Sequence[str]) -> str:
 def _set_report(
     sets: list[list[Run]], index: int, baseline: str | None, comparisons: Sequence[Comparison], decisions: Decisions
 ) -> list[str]:
-    """Report on one set of comparable runs: where its numbers come from, what was found, and the tables."""
+    """Report on one set of comparable runs: the answer in a paragraph, the tables, what was found, the small print."""
     names = by_name(sets[index], baseline)
     parts = [f"### Set {index + 1} of {len(sets)}: {', '.join(names)}"] if len(sets) > 1 else []
     if index:
         parts.append(f"Not compared with set 1: {differences(sets[index][0], sets[0][0])}.")
-    parts.append(_bullets([*_provenance(sets[index], names), *_notes(sets[index], names)]))
-    parts += ["**What was found**", _bullets(statements(names, comparisons, decisions))]
-    return [*parts, *result_tables(names, comparisons, decisions)]
+    parts.append(summary(names, comparisons, decisions))
+    parts += result_tables(names, comparisons, decisions)
+    if found := statements(names, comparisons, decisions):
+        parts += ["**What was found**", _bullets(found)]
+    return [*parts, "**What was run**", _bullets([*provenance(sets[index], names), *notes(sets[index], names)])]
 
 
 def _other_sets(sets: list[list[Run]], shown: int) -> list[str]:
@@ -129,74 +140,6 @@ def _other_sets(sets: list[list[Run]], shown: int) -> list[str]:
     if len(others) > LISTED_SETS:
         lines.append(f"and {len(others) - LISTED_SETS} more, in report.csv")
     return ["**Configurations that one backend only has run**", _bullets(lines)]
-
-
-def _provenance(group: list[Run], names: Mapping[str, list[Run]]) -> list[str]:
-    """List what a reader should know about the runs before trusting their numbers."""
-    run = group[0]
-
-    def value(path: str) -> str:
-        return distinct(group, f"what/{path}")
-
-    def count(path: str) -> str:
-        number = run.number(f"what/{path}")
-        return NONE if number is None else f"{number:,.0f}"
-
-    software = [
-        f"{name} {distinct(_with(name, group), f'what/versions/{name}')}" for name in ("Python", "Keras", "CUDA")
-    ]
-    packages = dict.fromkeys(packages_of(each.backend)[0] for each in group)
-    for package in packages:
-        users = [each for each in group if packages_of(each.backend)[0] == package]
-        software.append(f"{plain(package)} {distinct(users, f'what/versions/{package}')}")
-    tf32 = f", TF32 {value('config/tf32')}" if run.get("what/is_gpu") else ""
-    model = ", ".join(f"{name} {value(f'config/{name}')}" for name in MODEL)
-    images = ", ".join(f"{count(f'images/{part}')} {part}" for part in ("train", "validation", "test"))
-    counts = ", ".join(f"{len(runs)} {name}" for name, runs in names.items())
-    dates = sorted({each.text("what/started") for each in group})
-    period = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    datasets = ", ".join(dict.fromkeys(Path(each.text("what/config/dataset")).name for each in group))
-    return [
-        f"Device: {run.device.name}; node {run.device.node}; power mode {run.device.power_mode}; "
-        f"CPU cores {distinct(group, 'load/cores')}",
-        f"Software: {', '.join(software)}",
-        f"Number format: {value('config/dtype_policy')}{tf32}",
-        f"Model: {count('num_parameters')} parameters; {model}",
-        f"Data: {datasets}; images: {images}; shape {value('image_shape')}, {value('num_classes')} classes",
-        f"Training: batch {value('config/batch_size')}, {value('config/num_epochs')} epochs, learning rate "
-        f"{value('config/learning_rate')}, weight decay {value('config/weight_decay')}, augmentation "
-        f"{value('config/augmentation')}, seeds {value('config/seed')}",
-        f"Code: {', '.join(dict.fromkeys(each.commit for each in group))}",
-        f"Runs: {len(group)} ({counts}), {period}",
-    ]
-
-
-def _with(software: str, runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that have a version of `software`: peers have none of Keras."""
-    return [run for run in runs if software != "Keras" or run.backend not in PEERS]
-
-
-def _notes(group: list[Run], names: Mapping[str, list[Run]]) -> list[str]:
-    """List what differs between runs that are compared nevertheless, and the runs that are unstable."""
-    notes = []
-    for path in NOTED_PATHS:
-        field = path.rpartition("/")[2]
-        if len({run.text(path) for run in _with(field, group)}) > 1:
-            values = [f"{name} {distinct(runs, path)}" for name, runs in names.items()]
-            notes.append(f"Note: the runs differ in {field}: {'; '.join(values)}")
-    for name, runs in names.items():
-        for path in (*NOTED_WITHIN_A_NAME, f"what/versions/{packages_of(runs[0].backend)[0]}"):
-            if len({run.text(path) for run in runs}) > 1:
-                notes.append(
-                    f"Note: runs of {name} are put together that differ in {plain(path[5:])}: {distinct(runs, path)}"
-                )
-        if failure := {run.text("what/jit_failure") for run in runs} - {NONE}:
-            notes.append(f"Note: {name} was asked to compile and could not: {'; '.join(sorted(failure))}")
-        for run in runs:
-            if run.instabilities:
-                reasons = "; ".join(run.instabilities)
-                notes.append(f"Unstable (!): {plain(run.path.name)}, {name}, seed {run.seed}: {reasons}")
-    return notes
 
 
 def _across_devices(devices: dict[Device, list[list[Run]]]) -> list[tuple[str, Comparison]]:

@@ -31,6 +31,16 @@ def plain(value: object) -> str:
     return MARKUP.sub(lambda match: "\\" + match[0], " ".join(text.split()))
 
 
+def finite(value: object) -> float | None:
+    """Return a value from a file if it is a finite number, else None."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond any float
+        return None
+
+
 class Device(NamedTuple):
     """Where a run ran. Two runs used the same device only if all three parts agree."""
 
@@ -60,13 +70,7 @@ class Run:
 
     def number(self, path: str) -> float | None:
         """Return the value at `path` if it is a finite number, else None."""
-        value = self.get(path)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return None
-        try:
-            return value if math.isfinite(value) else None
-        except OverflowError:  # an integer beyond any float
-            return None
+        return finite(self.get(path))
 
     def text(self, path: str) -> str:
         """Return the value at `path` as the report shows it."""
@@ -138,7 +142,7 @@ def distinct(runs: Iterable[Run], path: str) -> str:
 
 
 def read_results(folders: Sequence[Path]) -> list[Run]:
-    """Read every complete run below `folders`, oldest first. Warn about results that do not count."""
+    """Read every complete run below `folders`, some of which may be files, oldest first. Warn about what does not count."""
     runs: dict[str, Run] = {}  # by the text of their files
     for path in _files(folders, "*.json"):
         try:
@@ -208,5 +212,14 @@ def read_object(path: Path) -> dict:
     return document if isinstance(document, dict) else {}
 
 
-def _files(folders: Iterable[Path], pattern: str) -> list[Path]:
-    return sorted({path.resolve() for folder in folders for path in folder.rglob(pattern)})
+def _files(places: Iterable[Path], pattern: str) -> list[Path]:
+    """Return the files below folders, and beside a single results file the benchmark.json that says what was varied."""
+    files: set[Path] = set()
+    for place in places:
+        if not place.is_file():
+            files.update(place.rglob(pattern))
+        elif pattern == "*.json":
+            files.add(place)
+        elif pattern == BENCHMARK_FILE:
+            files.update(place.parent.glob(pattern))
+    return sorted({path.resolve() for path in files})

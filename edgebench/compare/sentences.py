@@ -14,8 +14,6 @@ DEFAULT_REPEATS = 4
 def statements(names: Mapping[str, list[Run]], comparisons: Sequence[Comparison], decisions: Decisions) -> list[str]:
     """Say what was found, in one sentence for each name and metric."""
     base, *others = names
-    if not others:
-        return [f"Only {base} has results here: there is nothing to compare it with."]
     sentences = []
     for name in others:
         of_name = [each for each in comparisons if each.name == name and each.metric in SENTENCES]

@@ -35,6 +35,7 @@ FIELD_RULES = {
     "use_wandb": NOTED,  # logging takes time between the epochs
     **dict.fromkeys(("checkpoint_path", "results_dir", "debug"), CANNOT_MATTER),
     **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags"), CANNOT_MATTER),
+    **dict.fromkeys(("wandb_group", "wandb_job_type", "wandb_artifact", "verbose"), CANNOT_MATTER),
 }
 # Facts that must agree as well, with the flags that they follow from: where one of those is varied, so is the fact.
 FACTS = {

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 
-from edgebench.compare.metrics import TABLES, Metric, measure, runs_for
+from edgebench.compare.metrics import TABLES, measure, why_missing
 from edgebench.compare.runs import Run, distinct
 from edgebench.compare.sentences import cell
 from edgebench.compare.verdicts import Comparison, Decisions
@@ -71,23 +71,12 @@ def missing_figures(names: Mapping[str, list[Run]]) -> list[str]:
         reasons: dict[str, list[str]] = {}
         for name, runs in names.items():
             if not measure(metric, runs).values:
-                reasons.setdefault(_reason(metric, runs), []).append(name)
+                reasons.setdefault(why_missing(metric, runs), []).append(name)
         for reason, without in reasons.items():
             everywhere = len(without) == len(names)
             gaps.setdefault(("" if everywhere else f" for {', '.join(without)}", reason), []).append(metric.title)
     lines = [f"- No {', '.join(titles)}{without}: {reason}." for (without, reason), titles in gaps.items()]
     return ["\n".join(lines)] if lines else []
-
-
-def _reason(metric: Metric, runs: Sequence[Run]) -> str:
-    """Return why there is no value of a metric in any of the runs."""
-    measured = runs_for(metric, runs)
-    if not measured:
-        states = ", ".join(dict.fromkeys(run.text("what/compile_cache/state") for run in runs))
-        return f"no run had a {metric.cache} compile cache, but: {states}"
-    paths = [path for path in (metric.path, metric.fallback) if path]
-    reasons = [reason for path in paths for run in measured if (reason := run.reason_for_missing(path))]
-    return "; ".join(dict.fromkeys(reasons)) or "the results do not say why"
 
 
 def csv_text(runs: Sequence[Run]) -> str:
