@@ -4,7 +4,6 @@
     python vit.py --keras-backend torch --num-epochs 50    # the same on PyTorch
     python vit.py --dataset synthetic --no-use-wandb       # no network, no account
     python vit.py --dataset my_images.npz                  # x_train, y_train, x_test, y_test
-    python vit.py --help                                   # every flag, its unit and its effect
 
 The model, its defaults and its augmentation are those of the keras.io example "Image classification with
 Vision Transformer" (Khalid Salama, 2021, https://keras.io/examples/vision/image_classification_with_vision_transformer/),
@@ -13,9 +12,8 @@ in its first version, which reports 55.1 % top-1 and 81.9 % top-5 on CIFAR-100 a
 The file reads in the order of the run. Every choice that changes what is learned is made here; edgebench/ measures, protects
 and records it. results.schema.json explains every figure.
 
-Exit status: 0 the run is complete; 1 an unexpected error, with its traceback; 2 wrong input or nothing to run on (a flag,
-the data, a folder that cannot be written, a device that does not work); 3 out of memory; 4 the loss is not a finite
-number; 129, 130 and 143 stopped by SIGHUP, SIGINT (Ctrl-C) and SIGTERM. One line says what is wrong; --debug shows where.
+Exit status: 0 complete; 1 unexpected error; 2 wrong input, or nothing to run on; 3 out of memory; 4 the loss is not finite;
+129, 130 and 143 stopped by SIGHUP, SIGINT (Ctrl-C) and SIGTERM. One line says what is wrong; --debug shows where.
 """
 
 from __future__ import annotations
@@ -32,10 +30,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from dotenv import load_dotenv
-
 from edgebench import cli, process, streams
-from edgebench.cli import BACKENDS, ExperimentError, require
+from edgebench.cli import BACKENDS, require
 from edgebench.files import WeightsFile, require_replaceable
 
 # ------------ Configuration: the fields are the flags, their docstrings the help ------------
@@ -44,12 +40,16 @@ DATASETS = ("cifar100", "cifar10", "synthetic")
 # What a run that is resumed may change: how long it trains and measures, on which device, and where its files and records go.
 MAY_CHANGE_ON_RESUME = (
     *("num_epochs", "resume", "debug", "measure_seconds", "compile_cache", "device", "checkpoint_path", "results_dir"),
-    *("node_name", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags"),
+    *("node_name", "verbose", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags"),
+    *("wandb_group", "wandb_job_type", "wandb_artifact"),
 )
 POSITIVE = (
     *("image_size", "patch_size", "projection_dim", "num_heads", "transformer_layers", "transformer_units"),
     *("mlp_head_units", "batch_size", "gradient_accumulation_steps", "num_epochs"),
 )
+# Of --help, by the first flag below each.
+HEADINGS = {"image_size": "model", "learning_rate": "training", "keras_backend": "device"}
+HEADINGS |= {"measure_seconds": "measuring", "dataset": "data and files", "use_wandb": "Weights and Biases"}
 INTERVALS = {  # [low, high)
     "attention_dropout": (0, 1, "lie in [0, 1)"),
     "validation_split": (0, 1, "lie in [0, 1)"),
@@ -64,7 +64,6 @@ INTERVALS = {  # [low, high)
 class ViTConfig:
     """Train and evaluate a Vision Transformer with Keras 3 on the backend asked for."""
 
-    # Model
     image_size: int = 72
     """Side in pixels to which images are resized before they are cut into patches."""
     patch_size: int = 6
@@ -82,7 +81,6 @@ class ViTConfig:
     attention_dropout: float = 0.1
     """Share of the attention weights dropped in training. Above 0, JAX and TensorFlow cannot use their fused attention."""
 
-    # Training
     learning_rate: float = 0.001
     """AdamW's learning rate, constant over the run."""
     weight_decay: float = 0.0001
@@ -104,7 +102,8 @@ class ViTConfig:
     seed: int = 0
     """Seed of the split, the weights, the order of the images, augmentation and dropout."""
 
-    # Device
+    keras_backend: str = field(default_factory=lambda: cli.setting("KERAS_BACKEND").lower() or "jax")
+    """jax, torch or tensorflow. The environment variable KERAS_BACKEND wins over this flag."""
     device: Literal["auto", "gpu", "cpu"] = field(default_factory=lambda: cli.setting("VIT_DEVICE").lower() or "auto")  # type: ignore
     """gpu: end at once where there is none that works. Default: the environment variable VIT_DEVICE, else auto, what there is."""
     jit: Literal["auto", "on", "off"] = "auto"
@@ -116,25 +115,22 @@ class ViTConfig:
     tf32: bool = True
     """Let NVIDIA GPUs multiply float32 matrices in TensorFloat-32; set alike on every backend."""
 
-    # Measuring
     measure_seconds: float = 60.0
     """Longest time in seconds for each measurement outside the epochs (step time, latency, evaluation); 0 leaves them out."""
 
-    # Where things come from and go to
     dataset: str = "cifar100"
     """cifar100, cifar10, synthetic (made in memory, needs no network), or the path of an .npz file with x_train, y_train, x_test and y_test."""
-    keras_backend: str = field(default_factory=lambda: cli.setting("KERAS_BACKEND").lower() or "jax")
-    """jax, torch or tensorflow. The environment variable KERAS_BACKEND wins over this flag."""
     checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")
     """File for the weights of the best epoch by validation accuracy; ends in .weights.h5."""
     results_dir: Path = Path("results")
     """Folder for the run's results, one JSON file a run; results.schema.json explains every figure."""
+    verbose: bool = False
+    """Print every figure at the end, as the results file has them, not only the most important ones."""
     debug: bool = False
     """Show the traceback of a failure that is otherwise one line."""
     node_name: str = field(default_factory=platform.node)
     """Name of this machine in everything that is recorded. Default: the host's name."""
 
-    # Weights & Biases
     use_wandb: bool = True
     """Log to Weights & Biases; without an API key the run is logged offline, for `wandb sync`."""
     wandb_project: str = field(default_factory=lambda: cli.setting("WANDB_PROJECT") or "keras3_edge_baseline")
@@ -142,9 +138,15 @@ class ViTConfig:
     wandb_entity: str | None = field(default_factory=lambda: cli.setting("WANDB_ENTITY") or None)
     """W&B user or team. Default: the environment variable WANDB_ENTITY, else the account's own."""
     wandb_run_name: str | None = None
-    """Name of the run in W&B. Default: one that W&B makes up."""
+    """Name of the run in W&B. Default: what runs, as in ook-torch-b256-bf16."""
     wandb_tags: list[str] = field(default_factory=list)
-    """Tags of the run in W&B."""
+    """Tags of the run in W&B, besides the backend and the device."""
+    wandb_group: str | None = field(default_factory=lambda: cli.setting("WANDB_RUN_GROUP") or None)
+    """Group of the run in W&B. Default: the environment variable WANDB_RUN_GROUP, else node_name."""
+    wandb_job_type: str = field(default_factory=lambda: cli.setting("WANDB_JOB_TYPE") or "train")
+    """Job type of the run in W&B. Default: the environment variable WANDB_JOB_TYPE, else train."""
+    wandb_artifact: bool = False
+    """Upload the best weights as an artifact as well (87 MB for the default model)."""
 
     def __post_init__(self) -> None:
         if not self.transformer_units:
@@ -210,11 +212,8 @@ def read_config(argv: Sequence[str]) -> ViTConfig:
 
     `.env` never overrides the environment, and KERAS_BACKEND wins over the flag. Raises ExperimentError for a wrong value.
     """
-    try:
-        load_dotenv(Path(".env"))
-    except (OSError, ValueError) as error:
-        raise ExperimentError(f".env cannot be read ({error})") from error
-    config = cli.parse(ViTConfig, argv)
+    cli.read_env_file(Path(".env"))
+    config = cli.parse(ViTConfig, argv, "\n\n".join(__doc__.split("\n\n")[:2]), HEADINGS)
     variable, flag, known = cli.setting("KERAS_BACKEND").lower(), config.keras_backend, ", ".join(BACKENDS)
     require(variable in ("", *BACKENDS), f"KERAS_BACKEND must be one of {known}, not {variable!r}")
     require(flag in BACKENDS, f"--keras-backend must be one of {known}, not {flag!r}")
@@ -248,14 +247,13 @@ with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_p
     import numpy as np
     from keras import layers, ops
 
-    from edgebench import costs, data_checks, datasets, device, energy, measure, resume, timing
+    from edgebench import console, costs, data_checks, datasets, device, energy, measure, resume, timing, tracking
     from edgebench.callbacks import EpochSeeds, FiniteLoss, ReturnFreedMemory, StopSignals
     from edgebench.compile_cache import CompileCache
-    from edgebench.layers import Attention, Dropout, attention_path, random_uniform
+    from edgebench.layers import Attention, Dropout, random_uniform
     from edgebench.load import LoadMeter, peak_rss_bytes
-    from edgebench.results import recording, start_results, training_sections
-    from edgebench.torch_graphs import FusedAdamW, is_compiled, with_graphs
-    from edgebench.tracking import start_wandb
+    from edgebench.results import how_it_runs, recording, start_results, training_sections
+    from edgebench.torch_graphs import FusedAdamW, with_graphs
 
 device.reset_keras()
 IMPORT_S = process.age_s()
@@ -498,18 +496,20 @@ class BestWeights(keras.callbacks.Callback):
 
 
 class CustomWandbCallback(keras.callbacks.Callback):
-    """Logs what Keras reports for an epoch. (wandb.integration.keras needs TensorFlow: wandb issue 7186.)
+    """Logs what Keras reports for an epoch of `images` training images, the learning rate, time and energy.
 
-    It has no batch hooks, which would make JAX and torch wait for the device in every step.
+    Batch hooks would make JAX and torch wait in every step. (wandb.integration.keras needs TensorFlow: wandb issue 7186.)
     """
 
-    def __init__(self, run):
+    def __init__(self, run, images: int, timer: timing.EpochTimer, meters: energy.Meters):
         super().__init__()
-        self.run = run
+        self.run, self.images, self.timer, self.meters = run, images, timer, meters
 
     def on_epoch_end(self, epoch, logs=None):
+        figures = {"epoch": epoch + 1, "train_s": self.timer.train_s, "images_per_s": self.images / self.timer.train_s}
+        figures |= {**(logs or {}), "learning_rate": float(ops.convert_to_numpy(self.model.optimizer.learning_rate))}
         try:
-            self.run.log({"epoch": epoch + 1, **(logs or {})})
+            self.run.log(figures | energy.of_epoch(self.meters, self.images, epoch))
         except Exception as error:  # a full disk, a service that has died: the training goes on
             cli.warn(f"W&B did not take epoch {epoch + 1} ({cli.one_line(error)})")
 
@@ -530,12 +530,16 @@ def identity(config: ViTConfig, data: Dataset) -> dict:
     return flags | {"data": data_checksum}
 
 
-def start_tracking(config: ViTConfig, run_id: str | None):
+def start_tracking(config: ViTConfig, machine: device.Device, run_id: str | None):
     """A W&B run, the one with this id if it is given; None without W&B."""
     if not config.use_wandb:
         return None
-    names = config.wandb_project, config.wandb_entity, config.wandb_run_name, config.wandb_tags
-    return start_wandb(*names, {**config.as_json(), "num_patches": config.num_patches}, run_id)
+    node, backend = config.node_name, config.keras_backend
+    name = config.wandb_run_name or tracking.run_name(node, backend, config.batch_size, config.dtype_policy)
+    tags = [*config.wandb_tags, backend, "gpu" if machine.is_gpu else "cpu", node]
+    names = config.wandb_project, config.wandb_entity, name, list(dict.fromkeys(tags))
+    flags = config.as_json() | {"num_patches": config.num_patches}
+    return tracking.start_wandb(*names, flags, run_id, config.wandb_group or node, config.wandb_job_type)
 
 
 def compile_model(model: keras.Model, config: ViTConfig, num_classes: int) -> None:
@@ -558,15 +562,6 @@ def compile_model(model: keras.Model, config: ViTConfig, num_classes: int) -> No
     )
 
 
-def how_it_runs(model: keras.Model, config: ViTConfig, cache: CompileCache) -> dict:
-    """Whether the training step is compiled, why torch could not compile it, from which cache, and the path of attention."""
-    shape = (config.micro_batch_size, config.num_heads, config.num_patches, config.projection_dim)
-    compute_dtype = keras.config.dtype_policy().compute_dtype
-    attention = attention_path(shape, config.attention_dropout, compute_dtype, is_compiled(model))
-    mode = {"jit_compile": is_compiled(model), "jit_failure": getattr(model, "failure", None), "attention": attention}
-    return mode | {"compile_cache": cache.describe(is_compiled(model))}
-
-
 def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
     """Train on `config.dataset`, evaluate the best epoch's weights on the test images, and return all that was measured.
 
@@ -578,7 +573,8 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
     config = replace(config, keras_backend=backend)  # for callers that have imported this module
     machine = device.prepare(config.device, config.seed, config.dtype_policy, config.tf32)
     packages = {"Keras": keras.__version__, backend: importlib.metadata.version(backend)}
-    results = start_results(backend, packages, machine, config.as_json(), ENVIRONMENT, IMPORT_S)
+    flags, defaults = config.as_json(), ViTConfig().as_json()
+    results = start_results(backend, packages, machine, flags, defaults, ENVIRONMENT, IMPORT_S)
     budget_s, cache = config.measure_seconds, CompileCache()
 
     # Load
@@ -597,7 +593,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
         cli.warn(f"replacing the interrupted run of this configuration, {resume_path}; --resume would continue it")
 
     with StopSignals() as signals:
-        wandb_run = start_tracking(config, progress.wandb_id)
+        wandb_run = start_tracking(config, machine, progress.wandb_id)
         message = costs.out_of_memory_message(size, images, config.batch_size, config.dtype_policy)
         # However this block ends, `recording` then prints and writes the results and ends the W&B run.
         with recording(results, config.results_dir, signals, wandb_run), device.out_of_memory_as(message):
@@ -610,9 +606,10 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             compile_model(model, config, data.num_classes)
             results["time"]["build_s"] = build_s = time.perf_counter() - began
             ready_s = process.age_s()
-            num_parameters = sum(math.prod(weight.shape) for weight in model.trainable_weights)
-            results["what"] |= how_it_runs(model, config, cache) | {"num_parameters": num_parameters}
-            print(f"model: {num_parameters:,} trainable parameters, {config.num_patches} patches")
+            results["what"]["num_parameters"] = parameters = sum(math.prod(w.shape) for w in model.trainable_weights)
+            shape = images, config.num_heads, config.num_patches, config.projection_dim  # of attention's queries
+            results["what"] |= how_it_runs(model, shape, config.attention_dropout, cache)
+            print(f"model: {parameters:,} trainable parameters, {config.num_patches} patches")
             if rest := config.image_size % config.patch_size:
                 print(f"note: --patch-size does not divide --image-size: the last {rest} rows and columns are cut off")
 
@@ -646,7 +643,9 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 start = replace(progress, wandb_id=wandb_id, measured=measured, compiling_epochs=compiling_epochs)
                 own_callbacks.append(resume.ResumeFile(resume_path, run_identity, start, log, best, meters, load_meter))
             if wandb_run:
-                own_callbacks.append(CustomWandbCallback(wandb_run))
+                tracking.describe(wandb_run, results["what"])
+                own_callbacks.append(CustomWandbCallback(wandb_run, len(data.x_train), timer, meters))
+            lines = console.epoch_lines(len(data.x_train), timer)
             try:
                 model.fit(
                     batches,
@@ -655,10 +654,11 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                     initial_epoch=first_epoch,
                     validation_data=(data.x_val, data.y_val) if len(data.x_val) else None,
                     validation_batch_size=images,
-                    callbacks=[*own_callbacks, *callbacks],
-                    verbose=1 if sys.stdout.isatty() else 2,  # a progress bar, or in a log file a line an epoch
+                    callbacks=[*own_callbacks, lines, *callbacks],
+                    verbose=0,
                 )
             finally:  # also where the run ends early
+                lines.close()
                 resumable = str(resume_path) if is_resumable and resume_path.exists() else None
                 results["files"] = {"weights": best.file.current, "resume": resumable}
                 count = len(data.x_train)
@@ -667,7 +667,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 for section, figures in measure.merge(measured, training, waiting).items():
                     results[section] = results.get(section, {}) | figures
                 results["memory"]["train_peak_device_bytes"] = device.find_device().peak_memory_bytes
-                results["what"] |= how_it_runs(model, config, cache)  # torch compiles, or fails to, in its first step
+                results["what"] |= how_it_runs(model, shape, config.attention_dropout, cache)  # torch compiles late
                 results["what"]["resumed_after_epochs"] = progress.resumed_after_epochs
 
             # Evaluate and record

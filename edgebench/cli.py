@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import io
@@ -11,11 +12,13 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Annotated, TypeVar, get_type_hints
 
+import docstring_parser
 import tyro
+from dotenv import load_dotenv
 
 PROGRAM = "vit.py"
 BACKENDS = ("jax", "torch", "tensorflow")  # a Keras backend and its Python package have the same name
@@ -93,6 +96,14 @@ def setting(name: str) -> str:
     return os.environ.get(name, "").strip()
 
 
+def read_env_file(path: Path) -> None:
+    """Set the variables in a file that the environment does not have; raise ExperimentError if it cannot be read."""
+    try:
+        load_dotenv(path)
+    except (OSError, ValueError) as error:
+        raise ExperimentError(f"{path} cannot be read ({error})") from error
+
+
 def is_installed(package: str) -> bool:
     """Whether `package` can be imported, without importing it. A mere folder of that name (./wandb) does not count."""
     spec = importlib.util.find_spec(package)
@@ -115,19 +126,53 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
-    """Parse `argv` into a `config_class`, unchecked; raise ExperimentError with one line where tyro would print a box."""
+def parse(
+    config_class: type[Config], argv: Sequence[str], description: str = "", headings: Mapping[str, str] | None = None
+) -> Config:
+    """Parse `argv` into a `config_class`, unchecked; raise ExperimentError with one line where tyro would print a box.
+
+    --help begins with `description`, and has the `headings`, each before the flag that it is given for.
+    """
     argv = _as_tyro_reads_it(get_type_hints(config_class), argv)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(config_class, args=argv, prog=PROGRAM, config=(tyro.conf.HelptextFromCommentsOff,))
+            groups = tyro.cli(
+                _grouped(config_class, headings or {dataclasses.fields(config_class)[0].name: "flags"}),
+                args=argv,
+                prog=PROGRAM,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         # From the title to the next rule. Where the console has no Unicode, a box is drawn with spaces and dashes.
         inside = re.split("[─-]{9}", box.getvalue().partition("\n")[2].lstrip(" -\n"))[0]
         raise ExperimentError(" ".join(re.sub("[│╭╮╰╯─]", " ", inside).split()) + " (see --help)") from None
+    return config_class(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
+
+
+def _grouped(config_class: type, headings: Mapping[str, str]) -> type:
+    """A dataclass with a field for each heading; these are dataclasses of the fields of `config_class`.
+
+    tyro shows each of them in a box of its own. It cannot find the docstrings of fields that are made here, so they are
+    passed on, without "(default: )" and "{None}|STR" for what is empty by default.
+    """
+    texts = {item.arg_name: item.description for item in docstring_parser.parse_from_object(config_class).params}
+    groups: dict[str, list] = {}
+    for field, kind in zip(dataclasses.fields(config_class), get_type_hints(config_class).values(), strict=True):
+        if field.name in headings:
+            group = groups.setdefault(headings[field.name], [])
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        hint = "" if default in (None, []) else None
+        metavar = "TEXT" if kind == str | None else None
+        argument = tyro.conf.arg(help=" ".join(texts[field.name].split()), metavar=metavar, help_behavior_hint=hint)
+        group.append((field.name, Annotated[kind, argument], dataclasses.field(default_factory=lambda d=default: d)))
+    boxes = [(name.replace(" ", "_"), dataclasses.make_dataclass(name, members)) for name, members in groups.items()]
+    return dataclasses.make_dataclass(
+        "Flags", [(name, box, dataclasses.field(default_factory=box)) for name, box in boxes]
+    )
 
 
 def _as_tyro_reads_it(types: dict[str, type], argv: Sequence[str]) -> list[str]:

@@ -157,7 +157,7 @@ def unavailable(reason: str) -> dict:
 
 
 Meters = dict[str, EnergyMeter | str]  # by part of the machine: its meter, or the reason why there is none
-NOT_MEASURED: Meters = {"accelerator": "not measured", "cpu_package": "not measured"}
+NOT_MEASURED: Meters = {"accelerator": "--measure-seconds 0", "cpu_package": "--measure-seconds 0"}
 
 
 def start_meters(is_gpu: bool, gpu_id: str | None, spans: Mapping[str, list], epochs_done: int = 0) -> Meters:
@@ -176,7 +176,9 @@ def _first_working(sensors: Sequence[Callable], spans: Mapping[str, list], epoch
     for sensor in sensors:
         try:
             source, read = sensor()
-        except Exception as error:  # no library, no driver, no such file, no permission: all mean no sensor
+        except OSError as error:  # no such file, no permission
+            reasons.append(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        except Exception as error:  # no library, no driver: all mean no sensor
             reasons.append(str(error) or type(error).__name__)
         else:
             earlier = [[(seconds, Reading(*reading)) for seconds, reading in span] for span in spans.get(source, [])]
@@ -193,6 +195,14 @@ def running(meters: Meters) -> list[EnergyMeter]:
 def energy_figures(meters: Meters, images: int, counted: Collection[int]) -> dict[str, dict]:
     """The section of the results on energy, over the epochs with the indices `counted`, each of `images` images."""
     return {name: unavailable(m) if isinstance(m, str) else m.figures(images, counted) for name, m in meters.items()}
+
+
+def of_epoch(meters: Meters, images: int, epoch: int) -> dict[str, float]:
+    """Watts, and joules an image, in the training part of one epoch by its index: `accelerator_w`, `accelerator_j_per_image`."""
+    found = {}
+    for part, figures in energy_figures(meters, images, [epoch]).items():
+        found |= {f"{part}_w": figures["mean_w"], f"{part}_j_per_image": figures["joules_per_image"]}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def inference_energy(meters: Meters, predict: Callable, images: int, min_s: float = 10.0) -> dict[str, dict]:

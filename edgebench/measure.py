@@ -243,6 +243,8 @@ def evaluation(evaluate: Callable[[], dict], images: int, budget_s: float) -> tu
     """
     metrics, first_s = timed(evaluate)
     if first_s >= budget_s:
-        reason = f"one evaluation takes longer than --measure-seconds {budget_s:g}" if budget_s else "not measured"
+        reason = (
+            f"one evaluation takes longer than --measure-seconds {budget_s:g}" if budget_s else "--measure-seconds 0"
+        )
         return metrics, {"time": {"evaluation_images_per_s": None}, "missing": {"time/evaluation_images_per_s": reason}}
     return metrics, {"time": {"evaluation_images_per_s": images / timed(evaluate)[1]}, "missing": {}}

@@ -27,6 +27,10 @@ THEIRS = re.compile(
     "(JAX|XLA|TF|TENSORFLOW|TORCH|TORCHINDUCTOR|TORCHDYNAMO|PYTORCH|TRITON|CUDA|NVIDIA|CUBLAS|CUDNN|NCCL|OMP|GOMP|KMP|MKL"
     "|ONEDNN|DNNL|OPENBLAS|MALLOC)_.+|LD_PRELOAD|LD_LIBRARY_PATH"
 )
+# How a line of TensorFlow's or XLA's C++ code begins.
+CHATTER = re.compile(
+    rb"[IWE]\d{4} \d\d:|WARNING: All log messages before absl|\d{4}-\d\d-\d\d .*tensorflow/|To enable the following"
+)
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
@@ -47,7 +51,7 @@ def set_environment(device: str, compile_cache: bool) -> None:
     "cpu" hides the GPU, "gpu" keeps JAX from falling back to the CPU, "auto" leaves the choice to the backend. With
     `compile_cache` JAX and torch keep what they compile in ~/.cache/vit (XDG_CACHE_HOME), otherwise nowhere.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's chatter
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its errors come as exceptions as well
     if device == "cpu":
         _override("JAX_PLATFORMS", "cpu", "--device")
         _override("CUDA_VISIBLE_DEVICES", "-1", "--device")
@@ -107,6 +111,24 @@ def _keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Drop what the C++ code of TensorFlow and XLA prints while it is imported, before it reads its log level."""
+    printed, stderr = os.memfd_create("stderr"), os.dup(2)
+    os.dup2(printed, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        with open(printed, "rb") as file:
+            file.seek(0)
+            for line in file:
+                if not CHATTER.match(line):
+                    with contextlib.suppress(OSError):  # a full disk, a reader that has left
+                        os.write(2, line)
+
+
+@contextlib.contextmanager
 def importing_keras(is_program: bool) -> Iterator[None]:
     """End the program at once on Ctrl-C, without the traceback of an import that takes seconds.
 
@@ -116,7 +138,8 @@ def importing_keras(is_program: bool) -> Iterator[None]:
     if is_program and before is not signal.SIG_IGN:  # as a shell starts what runs in the background
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
     try:
-        yield
+        with _without_chatter() if is_program else contextlib.nullcontext():
+            yield
     except (ValueError, AssertionError, AttributeError, TypeError, OSError) as error:
         settings = Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras"), "keras.json")
         if not os.path.exists(settings):

@@ -1,4 +1,4 @@
-"""The results of a run: one JSON file, a table on the console, and what happens to both however the run ends."""
+"""The results of a run: one JSON file, and what happens to it however the run ends."""
 
 import contextlib
 import json
@@ -13,31 +13,41 @@ from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+import keras
+
+from edgebench import console
 from edgebench.callbacks import StopSignals
 from edgebench.cli import ExperimentError, Interrupted, one_line, warn
+from edgebench.compile_cache import CompileCache
 from edgebench.costs import peak_flops
 from edgebench.device import Device, backend_threads
 from edgebench.energy import UNAVAILABLE, Meters, energy_figures
 from edgebench.files import replacing
+from edgebench.layers import attention_path
 from edgebench.load import LoadMeter
 from edgebench.schema import SCHEMA_VERSION
 from edgebench.timing import Epoch
-from edgebench.tracking import finish_wandb
+from edgebench.torch_graphs import is_compiled
+from edgebench.tracking import finish_wandb, where_to_see
 
 POWER_MODE = Path("/var/lib/nvpmodel/status")  # of a Jetson, as nvpmodel keeps it
 
 
 def start_results(
-    backend: str, packages: dict[str, str], device: Device, config: dict, environment: dict[str, str], import_s: float
+    backend: str,
+    packages: dict[str, str],
+    device: Device,
+    config: dict,
+    defaults: dict,
+    environment: dict[str, str],
+    import_s: float,
 ) -> dict:
     """Print what is known of a run at its start and return it as its first results.
 
-    `packages` are versions by name, `environment` the variables that the user has set for a backend.
+    `packages` are versions by name, `defaults` those of the configuration, `environment` the variables that the user has set for a backend.
     """
     versions = {"Python": platform.python_version(), **packages, "CUDA": device.cuda}
-    known_versions = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    print(f"{known_versions} on {device.name}, node {config['node_name']}")
-    print("config: " + " ".join(f"{name}={value}" for name, value in config.items()))
+    console.print_start(versions, device.name, config, defaults)
     (commit, no_git), (status, _) = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     what = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -93,8 +103,6 @@ def training_sections(
         if figures["joules_per_image"] is None:
             missing[f"energy/{part}/joules_per_image"] = figures["source"].removeprefix(UNAVAILABLE)
     load, load_missing = load_meter.figures(counted, backend_threads())
-    for problem in load["problems"]:
-        warn(problem)
     return {
         "time": time_figures,
         "load": load,
@@ -102,6 +110,17 @@ def training_sections(
         "quality": {"epochs": [epoch.logs for epoch in epochs], "epoch_end_s": [epoch.end_s for epoch in epochs]},
         "missing": missing | load_missing,
     }
+
+
+def how_it_runs(model: keras.Model, shape: tuple[int, ...], dropout: float, cache: CompileCache) -> dict:
+    """Whether the training step is compiled, why torch could not compile it, from which cache, and the path of attention.
+
+    `shape` is that of attention's queries (images, heads, patches, width), `dropout` the share of its weights dropped.
+    """
+    compiled = is_compiled(model)
+    attention = attention_path(shape, dropout, keras.config.dtype_policy().compute_dtype, compiled)
+    mode = {"jit_compile": compiled, "jit_failure": getattr(model, "failure", None), "attention": attention}
+    return mode | {"compile_cache": cache.describe(compiled)}
 
 
 def _git(*arguments: str) -> tuple[str | None, str]:
@@ -118,7 +137,7 @@ def _git(*arguments: str) -> tuple[str | None, str]:
 
 @contextlib.contextmanager
 def recording(results: dict, folder: Path, signals: StopSignals, wandb_run=None) -> Iterator[None]:
-    """Own how a run ends: set `status` and `failure`, print the table, write the file, end the W&B run, raise again."""
+    """Own how a run ends: set `status` and `failure`, write the file, print the result, end the W&B run, raise again."""
     try:
         yield
         results["status"] = "complete"
@@ -130,12 +149,14 @@ def recording(results: dict, folder: Path, signals: StopSignals, wandb_run=None)
         raise
     finally:
         signals.finish()
-        _print_table(results)
-        _write(folder, results)
+        path = _write(folder, results)
+        console.print_summary(results, path, where_to_see(wandb_run))
+        if path is None or results["what"]["config"]["verbose"]:
+            console.print_all(results)
         if wandb_run is not None:  # last, as it may wait for a server
-            summary = {**figures(results), **results.get("quality", {}).get("test", {})}
-            summary |= {"num_parameters": results["what"].get("num_parameters"), "failure": results["failure"]}
-            finish_wandb(wandb_run, summary, is_complete=results["status"] == "complete")
+            weights = results.get("files", {}).get("weights") if results["what"]["config"]["wandb_artifact"] else None
+            summary = {**console.figures(results), "failure": results["failure"]}
+            finish_wandb(wandb_run, summary, path, weights, is_complete=results["status"] == "complete")
 
 
 def _what_is_left(results: dict) -> str:
@@ -148,52 +169,8 @@ def _what_is_left(results: dict) -> str:
     return weights + resume
 
 
-def figures(results: dict) -> dict[str, float | None]:
-    """Every figure of a run under one flat name, `time/step_ms/p50`: on the console, in W&B and in a report alike."""
-    flat: dict[str, float | None] = {}
-
-    def add(prefix: str, value) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                add(f"{prefix}/{name}", inner)
-        elif not isinstance(value, list | str):
-            flat[prefix] = value
-
-    for section in ("time", "memory", "load", "energy", "quality"):
-        add(section, results.get(section, {}))
-    return flat
-
-
-def _print_table(results: dict) -> None:
-    what = results["what"]
-    switches = f"TF32 {'on' if what['tf32'] else 'off'}, jit {'on' if what.get('jit_compile') else 'off'}"
-    paths = f"{what.get('attention', 'unknown')} attention, {what['augmentation']} augmentation"
-    print(f"results of {what['backend']} on {what['device']}: {what['dtype_policy']}, {switches}, {paths}")
-    values = figures(results)
-    for name, value in values.items():
-        if value is not None:
-            print(f"  {name:<42} {format(value, ',.5g' if value < 1e5 else ',.0f')}")
-    gaps: dict[str, list[str]] = {}  # by reason, as a machine without a GPU lacks many figures for the same one
-    for name, reason in results["missing"].items():
-        if values.get(name) is None:
-            gaps.setdefault(reason, []).append(name)
-    for reason, names in gaps.items():
-        print(f"  unavailable ({reason}): {', '.join(names)}")
-    for part, energy in results.get("energy", {}).items():
-        if not energy.get("source", UNAVAILABLE).startswith(UNAVAILABLE):
-            print(f"  energy of {part} from: {energy['source']}")
-    if results["status"] == "complete":
-        quality, test = results["quality"], results["quality"]["test"]
-        accuracy, top_5, loss = test["test_accuracy"], test["test_top-5-accuracy"], test["test_loss"]
-        file = results.get("files", {}).get("weights")
-        print(
-            f"best weights: epoch {quality['best_epoch']}, {f'in {file}' if file else 'not in a file (see the warning)'}"
-        )
-        print(f"test accuracy {accuracy:.4f}, top-5 {top_5:.4f}, loss {loss:.4f}")
-
-
-def _write(folder: Path, results: dict) -> None:
-    """Write the run's file; a full disk costs the file, not the result on the console."""
+def _write(folder: Path, results: dict) -> Path | None:
+    """Write the run's file and return its path; None on a full disk, which costs the file, not the result on the console."""
     what = results["what"]
     node = re.sub(r"[^A-Za-z0-9._-]", "_", what["node"])
     stamp = what["started"].replace(":", "").replace("-", "").partition("+")[0]
@@ -203,6 +180,7 @@ def _write(folder: Path, results: dict) -> None:
     try:
         with replacing(path) as scratch:
             scratch.write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
-        print(f"results: {path}")
     except OSError as error:
-        warn(f"the results cannot be written to {path} ({error}): the table above is all there is of them")
+        warn(f"the results cannot be written to {path} ({error}): what is printed here is all there is of them")
+        return None
+    return path

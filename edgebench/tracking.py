@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,19 @@ from edgebench.cli import ExperimentError, one_line, warn
 
 # Seconds. A server that is gone at the end costs two minutes, not the run: what it did not get is on disk, for `wandb sync`.
 TIMEOUTS = {"init_timeout": 30, "finish_timeout": 120}
+BEST = ("val_accuracy", "val_top-5-accuracy")  # whose best value counts, not only the last
+SHORT_FORMATS = {"float32": "fp32", "mixed_bfloat16": "bf16", "mixed_float16": "fp16"}
 
 
 def start_wandb(
-    project: str, entity: str | None, name: str | None, tags: Sequence[str], config: dict, run_id: str | None
+    project: str,
+    entity: str | None,
+    name: str | None,
+    tags: Sequence[str],
+    config: dict,
+    run_id: str | None,
+    group: str | None = None,
+    job_type: str | None = None,
 ):
     """Start a W&B run, or continue the one with this id; return None where W&B cannot even log offline (a full disk).
 
@@ -32,35 +42,71 @@ def start_wandb(
             reason = str(error)
     timeouts = {key: seconds for key, seconds in TIMEOUTS.items() if f"WANDB_{key.upper()}" not in os.environ}
     options = {"project": project, "entity": entity, "name": name, "tags": list(tags) or None, "config": config}
-    options |= {"id": run_id, "settings": wandb.Settings(**timeouts)}
+    # Without its report at the end, as the console's own is shorter.
+    quiet = {} if "WANDB_QUIET" in os.environ else {"quiet": True}
+    options |= {"id": run_id, "group": group, "job_type": job_type, "settings": wandb.Settings(**timeouts, **quiet)}
     if reason is None:
         try:
-            return wandb.init(mode=mode, resume="allow" if run_id else None, **options)
+            return _with_metrics(wandb.init(mode=mode, resume="allow" if run_id else None, **options))
         except Exception as error:  # W&B's own, or the disk's
             reason = one_line(error)
     warn(f"W&B logs offline: {reason}; upload later with `wandb sync`")
     if os.environ.get("WANDB_SWEEP_ID"):
         warn("the SWEEP SEES NOTHING of this run: its search and early stopping need it online")
     try:
-        return wandb.init(mode="offline", **options)
+        return _with_metrics(wandb.init(mode="offline", **options))
     except Exception as error:
         warn(f"W&B logs nothing: {one_line(error)}")
         return None
 
 
-def finish_wandb(run, summary: dict, is_complete: bool) -> None:
-    """Send the summary and end the W&B run, as failed unless it is complete; no error here is fatal."""
+def _with_metrics(run):
+    """Draw everything over the epochs, and keep the best validation accuracy beside the last."""
+    run.define_metric("epoch", hidden=True)
+    run.define_metric("*", step_metric="epoch")
+    for name in BEST:
+        run.define_metric(name, step_metric="epoch", summary="max,last")
+    return run
+
+
+def run_name(node: str, backend: str, batch_size: int, dtype_policy: str) -> str:
+    """What ran, as the name of a run: ook-torch-b256-bf16."""
+    return f"{node}-{backend}-b{batch_size}-{SHORT_FORMATS[dtype_policy]}"
+
+
+def describe(run, what: dict) -> None:
+    """Add to the configuration what really runs: versions, device, compilation, number of parameters."""
+    try:
+        run.config.update({name: value for name, value in what.items() if name != "config"}, allow_val_change=True)
+    except Exception as error:
+        warn(f"W&B did not take the configuration ({one_line(error)})")
+
+
+def where_to_see(run) -> str | None:
+    """Where a run is to be seen, or how it is uploaded; None without one."""
+    if run is None:
+        return None
+    if not run.offline:
+        return f"see {run.url}"
+    folder = Path(run.settings.sync_dir)
+    if len(list(folder.parent.glob(f"*run-*-{run.id}"))) > 1:
+        # W&B itself names only the last part of a resumed run, which would replace the others.
+        return f"WANDB_RESUME=allow wandb sync {shlex.quote(str(folder.parent))}/offline-run-*-{run.id}"
+    return f"wandb sync {shlex.quote(os.path.relpath(folder))}"
+
+
+def finish_wandb(run, summary: dict, results: Path | None, weights: str | None, is_complete: bool) -> None:
+    """Send the summary, the results file and, if there are any, the weights as an artifact, and end the run.
+
+    It ends as failed unless it is complete; no error here is fatal.
+    """
     try:
         run.summary.update({name: value for name, value in summary.items() if value is not None})
+        if results:
+            copy = shutil.copy(results, run.dir)  # W&B would make a link, and say so
+            run.save(copy, base_path=run.dir, policy="now")
+        if weights and is_complete:
+            run.log_model(weights, name=f"weights-{run.id}")
         run.finish(exit_code=0 if is_complete else 1)
-        if run.offline:
-            _tell_how_to_upload_parts(Path(run.settings.sync_dir).parent, run.id)
     except Exception as error:
         warn(f"W&B did not take the results ({one_line(error)}); `wandb sync` uploads what it has")
-
-
-def _tell_how_to_upload_parts(folder: Path, run_id: str) -> None:
-    """Print the command that uploads a resumed run whole. W&B names only its last part, which would replace the others."""
-    if len(list(folder.glob(f"*run-*-{run_id}"))) > 1:
-        parts = f"{shlex.quote(str(folder))}/offline-run-*-{run_id}"
-        print(f"this run was resumed; to upload all of it: WANDB_RESUME=allow wandb sync {parts}")

@@ -20,6 +20,7 @@ from edgebench import datasets, energy, measure, process, timing
 from edgebench.callbacks import DIVERGED_ADVICE, StopSignals
 from edgebench.cli import Diverged, errors_in_one_line, require
 from edgebench.compile_cache import CompileCache
+from edgebench.console import EpochLines
 from edgebench.device import find_device, prepare
 from edgebench.files import replacing
 from edgebench.load import LoadMeter, peak_rss_bytes
@@ -37,7 +38,9 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
     """Measure, train, evaluate and record as vit.run_experiment does; `callbacks` are called as Keras would, but not for batches."""
     machine = prepare(config.device, config.seed, config.dtype_policy, config.tf32)
     packages = {name: importlib.metadata.version(name) for name in native_class.packages}
-    results = start_results(native_class.name, packages, machine, config.as_json(), vit.ENVIRONMENT, vit.IMPORT_S)
+    results = start_results(
+        native_class.name, packages, machine, config.as_json(), vit.ViTConfig().as_json(), vit.ENVIRONMENT, vit.IMPORT_S
+    )
     what, budget_s, cache = results["what"], config.measure_seconds, CompileCache()
 
     # Load
@@ -68,7 +71,9 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
         load_meter = LoadMeter(machine.is_gpu, machine.gpu_id)
         timer = timing.EpochTimer([*energy.running(meters), load_meter], wait=lambda: None)  # train_epoch has waited
         log = timing.EpochLog(timer)
-        best, best_epoch = train(native, config, data, [timer, log, *callbacks])
+        lines = EpochLines(len(data.x_train), timer)
+        lines.set_params({"epochs": config.num_epochs})
+        best, best_epoch = train(native, config, data, [timer, log, lines, *callbacks])
         results["files"] = {"weights": str(config.checkpoint_path), "resume": None}
 
         # Evaluate and record
@@ -117,8 +122,6 @@ def train(native, config: vit.ViTConfig, data: vit.Dataset, callbacks: Sequence[
             with replacing(config.checkpoint_path) as scratch, h5py.File(scratch, "w") as file:
                 for name, array in native.arrays(params).items():
                     file[name] = array
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-        print(f"epoch {epoch + 1}/{config.num_epochs}: {figures}", flush=True)
         for callback in callbacks:
             callback.on_epoch_end(epoch, logs)
     return best, best_epoch

@@ -172,7 +172,7 @@ def start_vit(tmp_path):
 
 
 def wait_for_line(process: subprocess.Popen, text: str) -> None:
-    """Wait until the process prints `text`: `Epoch 3/9` is printed as that epoch begins."""
+    """Wait until the process prints `text`: `Epoch 3/9:` is printed as that epoch ends."""
     seen = []
     for line in process.stdout:
         seen.append(line)

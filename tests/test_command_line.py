@@ -1,6 +1,7 @@
 """Promises about the command line: it takes every spelling, and answers a mistake at once with one line."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -199,7 +200,7 @@ ARGUMENT = st.one_of(
 ALLOWED = [HealthCheck.function_scoped_fixture]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=ALLOWED, derandomize=True)
+@settings(max_examples=200, deadline=None, suppress_health_check=ALLOWED, derandomize=True)
 @given(st.lists(ARGUMENT, max_size=6))
 def test_any_arguments_give_a_configuration_or_one_line(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
@@ -216,3 +217,11 @@ def test_any_arguments_give_a_configuration_or_one_line(tmp_path, monkeypatch, c
             assert "usage: vit.py" in captured.out or "--tyro" in " ".join(argv)
     else:
         assert isinstance(config, vit.ViTConfig)
+
+
+def test_help_is_grouped_begins_with_examples_and_shows_no_empty_default(run_vit):
+    run = run_vit("--help")
+    boxes = re.findall(r"^.. (\S+) options ─", run.stdout, re.MULTILINE)
+    assert boxes == ["model", "training", "device", "measuring", "data-and-files", "Weights-and-Biases"], run
+    assert run.stdout.partition("--image-size")[0].count("python vit.py") >= 3
+    assert "{None}" not in run.stdout and "(default: )" not in run.stdout

@@ -236,7 +236,7 @@ def test_docker_stop_ends_a_run_and_keeps_its_results(engine, built, checkout):
     engine.docker(*command, *TRAIN[:-1], "100000", "--no-use-wandb")  # epochs
     try:
         container_engine.wait_for(
-            lambda: "Epoch 2/" in engine.docker("logs", "stopped").stdout, "the second epoch", seconds=300
+            lambda: "Epoch 1/" in engine.docker("logs", "stopped").stdout, "the second epoch", seconds=300
         )
         engine.docker("stop", "--time", "60", "stopped")
         status = engine.docker("inspect", "--format", "{{.State.ExitCode}}", "stopped").stdout.strip()

@@ -66,7 +66,7 @@ def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, sta
     backend = INSTALLED[0] if number == signal.SIGHUP else INSTALLED[-1]
     environment = {"WANDB_MODE": "offline", "KERAS_BACKEND": backend}
     process = start_vit(*f"{SMALL} --num-epochs 1000 --keras-backend jax".split(), environment=environment)
-    wait_for_line(process, "Epoch 3/1000")
+    wait_for_line(process, "Epoch 2/1000:")
     process.send_signal(number)
     run = finish(process)
     last = [line for line in run.stderr.splitlines() if line.startswith("vit.py: ")][-1]  # TensorFlow may say more
@@ -101,7 +101,7 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vi
         return [*run.split(), f"--checkpoint-path={paths[name]}", f"--results-dir={paths[name].parent}"]
 
     killed = start_vit(*flags("killed"))
-    wait_for_line(killed, "Epoch 3/3")
+    wait_for_line(killed, "Epoch 2/3:")
     killed.kill()
     assert finish(killed).status == -signal.SIGKILL
     whole = run_vit(*flags("whole"))
@@ -355,7 +355,9 @@ def test_a_full_disk_costs_files_and_not_the_result(start_vit, tmp_path):
     environment = {"WANDB_DIR": "disk", "WANDB_MODE": "offline", "WANDB_FINISH_TIMEOUT": "5"}
     run = finish(start_vit(*flags.split(), environment=environment, wrapper=inside_mount("size=96k")))
     assert run.status == 0 and "Traceback" not in run.stderr, run
-    assert "test accuracy " in run.stdout and "quality/test/test_accuracy" in run.stdout
+    # The results fit before W&B's log has taken what is left, or every figure is printed.
+    is_written = ".json" in run.stdout.splitlines()[-1]
+    assert "test accuracy " in run.stdout and ("  test_accuracy  " in run.stdout) != is_written
     assert "warning: the best weights stay in memory" in run.stderr and "the run cannot be resumed" in run.stderr
     left = run.stdout.splitlines()[-1]
     assert "left:" in left and ".h5" not in left and ".npz" not in left, left
@@ -432,7 +434,7 @@ def test_a_wandb_server_that_fails_costs_the_run_nothing(start_vit, tmp_path):
             flags += [f"--checkpoint-path={tmp_path / fault}/a.weights.h5", f"--results-dir={tmp_path / fault}/results"]
             processes[fault] = start_vit(*flags, environment=environment)
         for fault, process in processes.items():
-            wait_for_line(process, "Epoch 2/5")
+            wait_for_line(process, "Epoch 1/5:")
             if fault == "gone":
                 servers[fault].go_away()
             elif fault != "hang from the start":
@@ -469,10 +471,10 @@ def test_a_second_signal_ends_a_run_at_once(start_vit, tmp_path):
     server = WandbServer()
     environment = {**IMPATIENT, "WANDB_FINISH_TIMEOUT": "600", "WANDB_BASE_URL": server.url}
     process = start_vit(*f"{SMALL} --num-epochs 1000".split(), environment=environment)
-    wait_for_line(process, "Epoch 3/1000")
+    wait_for_line(process, "Epoch 2/1000:")
     server.fault = "hang"
     process.terminate()
-    wait_for_line(process, "results: ")
+    wait_for_line(process, "files   ")
     time.sleep(1)
     assert process.poll() is None
     process.terminate()

@@ -174,7 +174,7 @@ def test_a_sensor_that_is_not_there_gives_the_reason():
     assert sections["energy"]["inference_joules_per_image"] == {"accelerator": None, "cpu_package": None}
     assert list(sections["missing"].values()) == ["the backend runs on the CPU", "no RAPL"]
     for figures in energy.energy_figures(energy.NOT_MEASURED, 1, counted=[0]).values():
-        assert figures.pop("source") == "unavailable: not measured" and set(figures.values()) == {None}
+        assert figures.pop("source") == "unavailable: --measure-seconds 0" and set(figures.values()) == {None}
 
 
 def test_inference_costs_the_joules_that_the_sensor_counts_in_a_loop_of_the_given_length(tmp_path):

@@ -110,13 +110,16 @@ def test_the_file_follows_its_schema_and_holds_what_the_console_shows(run_vit, d
     """Another seed gives other numbers. Steps are whole batches. A figure that is missing says why."""
     flags = f"--no-use-wandb {TINY} --num-epochs 2 --checkpoint-path a.weights.h5 --node-name a/b --dataset {digits}"
     runs, results = [], []
-    for more in ("--measure-seconds 0", "--measure-seconds 15 --seed 1"):
+    for more in ("--measure-seconds 0", "--measure-seconds 15 --seed 1 --verbose"):
         runs.append(run_vit(*flags.split(), *more.split(), "--batch-size", "64", "--gradient-accumulation-steps", "2"))
         assert runs[-1].status == 0, runs[-1]
         results.append(only_results(tmp_path))
         shutil.rmtree(tmp_path / "results")
-    lines = [re.findall(r"(?:loss|accuracy): ([\d.]+)", run.stdout) for run in runs]
-    assert lines[0] != lines[1] and len(lines[0]) == 12, runs
+    lines = [re.findall(r"^Epoch .*", run.stdout, re.MULTILINE) for run in runs]
+    assert lines[0] != lines[1] and len(lines[0]) == 2 and max(map(len, sum(lines, []))) <= 80, runs
+    labels = re.findall(r"^(result|training|time|latency|memory|energy|files|next) +\S", runs[0].stdout, re.MULTILINE)
+    assert labels == ["result", "training", "time", "latency", "memory", "energy", "files", "next"], runs[0]
+    assert "unavailable" not in runs[0].stdout and "--measure-seconds 0" in runs[0].stdout
     off, on = results
     for each in results:
         assert each["energy"]["accelerator"]["joules_per_image"] is None and each["load"]["cpu_s_per_wall_s"] > 0

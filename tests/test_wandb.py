@@ -28,33 +28,77 @@ def records(run: Path) -> list[dict]:
 
 def test_an_offline_run_holds_everything(start_vit, tmp_path):
     """Without a key and a terminal the run goes offline with a warning of one line. Its file holds all that was logged."""
-    run = finish(start_vit(*RUN.split(), '--wandb-tags=["edge", "test"]', "--wandb-run-name", "named"))
+    run = finish(
+        start_vit(*RUN.split(), '--wandb-tags=["edge", "test"]', "--wandb-run-name", "named", "--wandb-artifact")
+    )
     assert run.status == 0 and run.stderr.count("vit.py: warning: W&B logs offline: no API key") == 1, run
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     logged = records(folder)
     start = next(record["run"] for record in logged if record["type"] == "run")
     assert (start["project"], start["display_name"]) == ("keras3_edge_baseline", "named")
-    assert start["tags"] == ["edge", "test"]
+    assert start["tags"] == ["edge", "test", "jax", "cpu", start["host"]]
     config = start["config"]["update"]
     assert set(vit.ViTConfig.__dataclass_fields__) <= set(config)
     assert (config["keras_backend"], config["batch_size"], config["num_patches"]) == ("jax", 32, 16)
 
     epochs = [record["history"]["item"] for record in logged if record["type"] == "history"]
     assert [epoch["epoch"] for epoch in epochs] == [1, 2]
-    printed = re.findall(r"- val_accuracy: ([\d.]+) - val_loss: [\d.]+ - val_top-5-accuracy: ([\d.]+)", run.stdout)
-    for epoch, (accuracy, top_5) in zip(epochs, printed, strict=True):
-        assert {"loss", "accuracy", "top-5-accuracy", "val_loss"} <= set(epoch)
-        assert epoch["val_accuracy"] == pytest.approx(float(accuracy), abs=1e-4)
-        assert epoch["val_top-5-accuracy"] == pytest.approx(float(top_5), abs=1e-4)
+    printed = re.findall(r"^Epoch .* ([\d,]+) images/s, .* val ([\d.]+) %$", run.stdout, re.MULTILINE)
+    for epoch, (rate, accuracy) in zip(epochs, printed, strict=True):
+        assert {"loss", "accuracy", "top-5-accuracy", "val_loss", "val_top-5-accuracy", "train_s"} <= set(epoch)
+        assert epoch["images_per_s"] == pytest.approx(float(rate.replace(",", "")), abs=1)
+        assert epoch["val_accuracy"] == pytest.approx(float(accuracy) / 100, abs=1e-3)
+        assert epoch["learning_rate"] == pytest.approx(0.001)
 
     summary = {}
     for record in logged:
         if record["type"] == "summary":
             summary |= record["summary"]["update"]
-    tested = re.search(r"test accuracy ([\d.]+), top-5 ([\d.]+)", run.stdout)
-    assert summary["test_accuracy"] == pytest.approx(float(tested[1]), abs=1e-4)
-    assert summary["test_top-5-accuracy"] == pytest.approx(float(tested[2]), abs=1e-4)
-    assert summary["num_parameters"] == 101_828 and logged[-1]["exit"]["exit_code"] == 0
+    tested = re.search(r"test accuracy ([\d.]+) %, top-5 ([\d.]+) %", run.stdout)
+    assert summary["test_accuracy"] == pytest.approx(float(tested[1]) / 100, abs=1e-3)
+    assert summary["test_top-5-accuracy"] == pytest.approx(float(tested[2]) / 100, abs=1e-3)
+    assert not [name for name in summary if name.startswith("quality/test")] and logged[-1]["exit"]["exit_code"] == 0
+
+    # What really ran, the best epoch as a summary, over the epochs; the results file and the weights.
+    added = {
+        name: value
+        for record in logged
+        if record["type"] == "config"
+        for name, value in record["config"]["update"].items()
+    }
+    assert added["num_parameters"] == 101_828 and added["jit_compile"] is True and added["versions"]["jax"]
+    metrics = {
+        record["metric"].get("name") or record["metric"].get("glob_name"): record["metric"]
+        for record in logged
+        if record["type"] == "metric"
+    }
+    assert metrics["val_accuracy"]["summary"]["max"] and metrics["val_accuracy"]["step_metric"] == "epoch"
+    assert start["run_group"] == start["host"] and start["job_type"] == "train"
+    (results,) = (folder / "files").glob("*.json")
+    assert json.loads(results.read_text())["status"] == "complete"
+    assert any("artifact" in json.dumps(record) for record in logged)
+    assert "W&B" not in run.stdout and "Run history" not in run.stderr
+
+
+def test_an_online_run_arrives_as_it_was_logged(start_vit):
+    """What a person sees in W&B, read back from the server: names, configuration, epochs, the best epoch, the results file."""
+    server = pytest.importorskip("wandb_server", reason="W&B's sweeps library is not installed").WandbServer()
+    key = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4, "WANDB_RUN_GROUP": "desk 3"}
+    run = finish(start_vit(*RUN.split(), "--node-name", "ook", "--wandb-job-type", "trial", environment=key))
+    server.close()
+    assert run.status == 0 and "W&B logs" not in run.stderr and f"{server.url}/edge-team/" in run.stdout, run
+    (seen,) = server.runs.values()
+    assert (seen["displayName"], seen["groupName"], seen["jobType"]) == ("ook-jax-b32-fp32", "desk 3", "trial")
+    assert seen["tags"] == ["jax", "cpu", "ook"] and seen["exit"] == 0
+    assert seen["config"]["batch_size"] == 32 and seen["config"]["num_parameters"] == 101_828
+    assert [row["epoch"] for row in seen["history"]] == [1, 2]
+    assert all(row["learning_rate"] > 0 and row["images_per_s"] > 0 and row["train_s"] > 0 for row in seen["history"])
+    best = max(row["val_accuracy"] for row in seen["history"])
+    assert seen["summary"]["val_accuracy"] == {"max": best, "last": seen["history"][-1]["val_accuracy"]}
+    assert seen["summary"]["test_accuracy"] > 0 and "quality/test/test_accuracy" not in seen["summary"]
+    (results,) = (json.loads(text) for name, text in server.files.items() if name.startswith("2"))
+    assert results["status"] == "complete"
+    assert b"%|" not in server.files["output.log"] and server.files["output.log"].count(b"Epoch ") == 2
 
 
 def modules_of_wandb_after(*flags: str) -> list[str]:
@@ -97,13 +141,13 @@ def test_a_key_that_does_not_work_logs_offline_with_a_warning(key, start_trackin
     run = start_tracking(WANDB_API_KEY=key, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_SWEEP_ID="s1")
     warnings = capsys.readouterr().err
     run.log({"epoch": 1})
-    tracking.finish_wandb(run, {"figure": 1.0}, is_complete=True)
+    tracking.finish_wandb(run, {"figure": 1.0}, None, None, is_complete=True)
     assert "vit.py: warning: W&B logs offline" in warnings and "SWEEP SEES NOTHING" in warnings
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert any(record["type"] == "history" for record in records(folder)) and time.perf_counter() - began < 240
 
 
-def test_the_command_for_a_resumed_offline_run_uploads_all_its_parts(start_tracking, tmp_path, capsys):
+def test_the_command_for_a_resumed_offline_run_uploads_all_its_parts(start_tracking, tmp_path):
     """They are in folders of their own with one id. W&B names the last one, whose upload alone would replace the others."""
     server = pytest.importorskip("wandb_server", reason="W&B's sweeps library is not installed").WandbServer()
     folder = tmp_path / "my runs"
@@ -112,12 +156,10 @@ def test_the_command_for_a_resumed_offline_run_uploads_all_its_parts(start_track
         run = start_tracking("abc", WANDB_MODE="offline", WANDB_DIR=str(folder))
         for epoch in epochs:
             run.log({"epoch": epoch})
-        capsys.readouterr()
-        tracking.finish_wandb(run, {"last": epochs[-1]}, is_complete=False)
-        printed = capsys.readouterr().out
-        assert ("WANDB_RESUME" in printed) == (epochs != [1, 2])
+        command = tracking.where_to_see(run)
+        tracking.finish_wandb(run, {"last": epochs[-1]}, None, None, is_complete=False)
+        assert ("WANDB_RESUME" in command) == (epochs != [1, 2])
         time.sleep(1.1)  # the folders are named after the second
-    command = printed.strip().rpartition("to upload all of it: ")[2]
     env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4}
     env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(command, shell=True, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, check=True)

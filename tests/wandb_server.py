@@ -37,6 +37,7 @@ class WandbServer:
         self.runs: dict[str, dict] = {}
         self.agents: dict[str, str] = {}
         self.keys: set[str] = set()
+        self.files: dict[str, bytes] = {}  # of all runs, by name
         self.lock = threading.RLock()
         self.is_away, self.times_away = False, 0
         self.fault: str | None = (
@@ -147,15 +148,17 @@ class WandbServer:
 
     def _run(self, name: str) -> dict:
         new = {"name": name, "config": {}, "history": [], "summary": {}, "exit": None, "sweep": None}
+        new |= {"displayName": None, "groupName": None, "jobType": None, "tags": []}
         return self.runs.setdefault(name, new)
 
     def upsert_bucket(self, asked: dict) -> dict:
         run = self._run(asked["name"])
         run["config"] |= {name: item["value"] for name, item in json.loads(asked.get("config") or "{}").items()}
         run["sweep"] = asked.get("sweep") or run["sweep"]
+        run |= {key: asked[key] for key in ("displayName", "groupName", "jobType", "tags") if asked.get(key)}
         entity = {"id": "e", "name": asked["entity"] or ENTITY}  # who names none gets that of the key
         run["project"] = {"id": "p", "name": asked["project"], "entity": entity}
-        bucket = {"id": run["name"], "name": run["name"], "displayName": run["name"], "description": None}
+        bucket = {"id": run["name"], "name": run["name"], "displayName": run["displayName"], "description": None}
         bucket |= {"config": "{}", "sweepName": run["sweep"], "project": run["project"], "historyLineCount": 0}
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}
 
@@ -216,6 +219,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(self._graphql(server, json.loads(raw)))
             elif found := re.match(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
                 self._answer(server.file_stream(found[1], json.loads(raw)))
+            elif self.path.startswith("/upload/"):
+                server.files[self.path.removeprefix("/upload/")] = raw
+                self._answer({})
             else:
                 self._answer({})
 
