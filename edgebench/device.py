@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from keras import ops
 
 from edgebench import nvml
 from edgebench.cli import ExperimentError, OutOfMemory, one_line, require, warn
+from edgebench.record import cpu_name
 
 BACKEND = keras.backend.backend()
 if BACKEND == "jax":
@@ -94,10 +94,8 @@ def find_device() -> Device:
             peak = tf.config.experimental.get_memory_info(place)["peak"]
             cuda = tf.sysconfig.get_build_info().get("cuda_version")
             return Device(name, NO_LIMIT, True, cuda, peak, _pci_address(int(gpu.name.rpartition(":")[2])))
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device(model[1] if model else platform.machine(), memory_bytes)
+    return Device(cpu_name(), memory_bytes)
 
 
 def _pci_address(ordinal: int | None) -> str | None:

@@ -1,16 +1,11 @@
 """The results of a run: one JSON file, and what happens to it however the run ends."""
 
 import contextlib
-import json
-import os
 import platform
-import re
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import keras
@@ -22,15 +17,13 @@ from edgebench.compile_cache import CompileCache
 from edgebench.costs import peak_flops
 from edgebench.device import Device, backend_threads
 from edgebench.energy import UNAVAILABLE, Meters, energy_figures
-from edgebench.files import replacing
 from edgebench.layers import attention_path
 from edgebench.load import LoadMeter
+from edgebench.record import machine_and_code, write_results
 from edgebench.schema import SCHEMA_VERSION
 from edgebench.timing import Epoch
 from edgebench.torch_graphs import is_compiled
 from edgebench.tracking import finish_wandb, where_to_see
-
-POWER_MODE = Path("/var/lib/nvpmodel/status")  # of a Jetson, as nvpmodel keeps it
 
 
 def start_results(
@@ -48,16 +41,9 @@ def start_results(
     """
     versions = {"Python": platform.python_version(), **packages, "CUDA": device.cuda}
     console.print_start(versions, device.name, config, defaults)
-    (commit, no_git), (status, _) = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    machine, missing = machine_and_code(config["node_name"], device.name, device.is_gpu, device.gpu_id)
     what = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "node": config["node_name"],
-        "device": device.name,
-        "is_gpu": device.is_gpu,
-        "gpu_id": device.gpu_id,
-        "power_mode": POWER_MODE.read_text().strip() if POWER_MODE.exists() else None,
-        "git_commit": commit,
-        "git_dirty": None if status is None else bool(status),
+        **machine,
         "backend": backend,
         "versions": versions,
         "environment": environment,
@@ -66,7 +52,6 @@ def start_results(
         "micro_batches": config["gradient_accumulation_steps"],
     }
     memory = dict.fromkeys(("inference_peak_device_bytes", "train_peak_device_bytes"))
-    missing = {} if commit else {"what/git_commit": no_git}
     if not device.is_gpu:
         missing |= dict.fromkeys((f"memory/{name}" for name in memory), "the backend runs on the CPU")
     sections = {"time": {"import_s": import_s}, "memory": memory, "missing": missing}
@@ -123,18 +108,6 @@ def how_it_runs(model: keras.Model, shape: tuple[int, ...], dropout: float, cach
     return mode | {"compile_cache": cache.describe(compiled)}
 
 
-def _git(*arguments: str) -> tuple[str | None, str]:
-    """What git prints about the folder of the program, or None and the reason: there is no git, or this is no checkout."""
-    folder = str(Path(__file__).parents[1])
-    # In a container the folder usually belongs to another user, which git refuses by default.
-    command = ["git", "-c", f"safe.directory={folder}", "-C", folder, *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError) as error:
-        return None, one_line(error)
-    return (None, done.stderr.strip().partition("\n")[0]) if done.returncode else (done.stdout.strip(), "")
-
-
 @contextlib.contextmanager
 def recording(results: dict, folder: Path, signals: StopSignals, wandb_run=None) -> Iterator[None]:
     """Own how a run ends: set `status` and `failure`, write the file, print the result, end the W&B run, raise again."""
@@ -149,7 +122,7 @@ def recording(results: dict, folder: Path, signals: StopSignals, wandb_run=None)
         raise
     finally:
         signals.finish()
-        path = _write(folder, results)
+        path = write_results(folder, results)
         console.print_summary(results, path, where_to_see(wandb_run))
         if path is None or results["what"]["config"]["verbose"]:
             console.print_all(results)
@@ -167,20 +140,3 @@ def _what_is_left(results: dict) -> str:
         f"; to go on: {command if '--resume' in sys.argv else command + ' --resume'}" if files.get("resume") else ""
     )
     return weights + resume
-
-
-def _write(folder: Path, results: dict) -> Path | None:
-    """Write the run's file and return its path; None on a full disk, which costs the file, not the result on the console."""
-    what = results["what"]
-    node = re.sub(r"[^A-Za-z0-9._-]", "_", what["node"])
-    stamp = what["started"].replace(":", "").replace("-", "").partition("+")[0]
-    path = folder / f"{stamp}-{node}-{what['backend']}-{os.urandom(4).hex()}.json"
-    # JSON has no notation for a number that is not finite: it becomes null.
-    finite = json.loads(json.dumps(results), parse_constant=lambda number: None)
-    try:
-        with replacing(path) as scratch:
-            scratch.write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        warn(f"the results cannot be written to {path} ({error}): what is printed here is all there is of them")
-        return None
-    return path

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 import vit
-from edgebench import datasets, energy, measure, process, timing
+from edgebench import datasets, energy, latency, measure, process, timing
 from edgebench.callbacks import DIVERGED_ADVICE, StopSignals
 from edgebench.cli import Diverged, errors_in_one_line, require
 from edgebench.compile_cache import CompileCache
@@ -62,7 +62,7 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
 
         # Measure
         meters = energy.start_meters(machine.is_gpu, machine.gpu_id, {}) if budget_s else energy.NOT_MEASURED
-        measured: measure.Sections = {}
+        measured: latency.Sections = {}
         if budget_s:
             sections = measure_native(native, data, config.batch_size, budget_s, meters)
             measured = measure.finish(sections, build_s, ready_s)
@@ -83,7 +83,7 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
         compiling_epochs = () if budget_s else (0,)
         training = training_sections(log.epochs, len(data.x_train), compiling_epochs, what, meters, load_meter)
         waiting = measure.to_first_epoch(log.epochs, ready_s, measured)
-        for section, figures in measure.merge(measured, training, waiting).items():
+        for section, figures in latency.merge(measured, training, waiting).items():
             results[section] = results.get(section, {}) | figures
         what["compile_cache"] = cache.describe(native.is_compiled)
         test, evaluation = measure.evaluation(evaluate, len(data.x_test), budget_s)
@@ -143,9 +143,9 @@ def train_epoch(native, seed: int, epoch: int, images: int, batch_size: int) -> 
 
 def measure_native(
     native, data: vit.Dataset, batch_size: int, budget_s: float, meters: energy.Meters
-) -> measure.Sections:
+) -> latency.Sections:
     """measure.before_training for a peer: inference, steps, each waited for, and what compiles for the first time."""
-    predicting = measure.inference(native.predict, data.x_test, batch_size, budget_s)
+    predicting = latency.inference(native.predict, data.x_test, batch_size, budget_s)
     memory = {"memory": {"inference_peak_device_bytes": find_device().peak_memory_bytes}}
     batch = data.x_test[:batch_size]
     joules = energy.inference_energy(meters, lambda: native.predict(batch), len(batch))
@@ -157,13 +157,13 @@ def measure_native(
         return float(native.train_step(start, size))  # waits for the device
 
     seconds: list[float] = []
-    while not measure.is_enough(seconds[1:], budget_s):
+    while not latency.is_enough(seconds[1:], budget_s):
         start = len(seconds) % (images // size) * size
-        seconds.append(measure.timed(step, start, size)[1])
+        seconds.append(latency.timed(step, start, size)[1])
     partial_s = 0.0
     if rest := images % size:  # compiled now, so that the first epoch is as steady as the others
-        first_s, second_s = (measure.timed(step, 0, rest)[1] for _ in range(2))
-        partial_s = measure.compiling(first_s, [second_s])
+        first_s, second_s = (latency.timed(step, 0, rest)[1] for _ in range(2))
+        partial_s = latency.compiling(first_s, [second_s])
     native.totals()
     native.set_params(before)
 
@@ -173,7 +173,7 @@ def measure_native(
     evaluating = measure.compiling_evaluation(evaluate, data.x_test, data.y_test, size)
     no_bare_call = measure.bare_latency(None, "there is no Keras around the peer's own call", data.x_test, budget_s)
     parts = measure.step_sections(seconds, budget_s), {"compile_s": {"partial_batch": partial_s}}, evaluating
-    return measure.merge(predicting, memory, joules, no_bare_call, *parts)
+    return latency.merge(predicting, memory, joules, no_bare_call, *parts)
 
 
 def means(totals: Sequence[float], count: int, prefix: str = "") -> dict[str, float]:

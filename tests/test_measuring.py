@@ -15,7 +15,7 @@ import pytest
 from conftest import INSTALLED, ROOT, TINY, only_results
 
 import vit
-from edgebench import datasets, measure, timing
+from edgebench import datasets, latency, measure, timing
 from edgebench.cli import Interrupted
 
 COMPILE_S, STEP_S = 2.0, 0.04
@@ -186,11 +186,11 @@ def test_neither_measuring_nor_resuming_changes_what_is_learned(backend, jit, ca
 def test_a_percentile_is_given_only_with_enough_calls(n, known):
     """Otherwise it says why. The interval of the 99th holds the truth."""
     seconds = np.random.default_rng(0).exponential(0.01, n).tolist()
-    sections = measure.percentiles("time/step_ms", seconds, budget_s=60)
+    sections = latency.percentiles("time/step_ms", seconds, budget_s=60)
     figures = sections["time"]["step_ms"]
     assert [name for name in ("p50", "p90", "p99") if figures[name] is not None] == [*known]
     assert {path.split("/")[2] for path in sections["missing"]} == {
-        name for name in measure.NEEDED if figures[name] is None
+        name for name in latency.NEEDED if figures[name] is None
     }
     if "p99" in known:
         assert figures["p99_low"] < figures["p99"] < figures["p99_high"]
