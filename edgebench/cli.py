@@ -71,7 +71,7 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def errors_in_one_line(debug: bool = False) -> Iterator[None]:
+def errors_in_one_line(debug: bool = False, program: str = PROGRAM) -> Iterator[None]:
     """Turn an expected failure into one line on stderr and an exit status; with `debug`, print its traceback as well."""
     try:
         yield
@@ -82,10 +82,10 @@ def errors_in_one_line(debug: bool = False) -> Iterator[None]:
             error = ExperimentError("the model is deeper than Keras can build: lower --transformer-layers")
         if isinstance(error, MemoryError):  # outside of the training, whose line says more
             error = OutOfMemory(f"out of memory: the data need too much ({one_line(error)})")
-        print(f"{PROGRAM}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
     except Interrupted as stop:
-        print(f"{PROGRAM}: stopped by {stop}{stop.left}", file=sys.stderr)
+        print(f"{program}: stopped by {stop}{stop.left}", file=sys.stderr)
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:  # before the training there is nothing to finish
         sys.exit(128 + signal.SIGINT)

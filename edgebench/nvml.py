@@ -59,6 +59,11 @@ class Gpu:
         except (self._nvml.NVMLError, AttributeError):  # the driver or this nvidia-ml-py does not have it
             return None
 
+    def name(self) -> str | None:
+        """The name of the board."""
+        name = self._read("nvmlDeviceGetName")
+        return name.decode() if isinstance(name, bytes) else name  # bytes from an nvidia-ml-py before version 12
+
     def power(self) -> Callable[[], tuple[float | None, float | None]]:
         """Return a function that reads watts and the counter of joules, each only if it worked the first time.
 

@@ -14,6 +14,8 @@ PEERS = {  # hand-written programs for the same training, with the packages they
     "native-jax": (ROOT / "peers" / "native_jax.py", ("jax", "optax")),
     "native-torch": (ROOT / "peers" / "native_torch.py", ("torch",)),
 }
+# What runs the files that export.py writes, with the package whose version counts.
+RUNTIMES = {"onnxruntime": "onnxruntime", "litert": "ai-edge-litert", "saved_model": "tensorflow"}
 RESERVED_FLAGS = ("--keras-backend", "--results-dir", "--checkpoint-path")  # launch.run_all sets them, and --seed
 BOTH_MODES = ("jit=off", "jit=on")  # plain torch is measured in both
 BETWEEN_FLAGS = re.compile(r",(?![^\[]*\])")  # a comma outside of brackets
@@ -40,8 +42,8 @@ class Item:
 
 
 def packages_of(backend: str) -> tuple[str, ...]:
-    """Return the Python packages that a backend or a peer needs, that of the backend first."""
-    return PEERS[backend][1] if backend in PEERS else (backend,)
+    """Return the Python packages that a backend, a peer or a runtime needs, that of the backend first."""
+    return PEERS[backend][1] if backend in PEERS else (RUNTIMES.get(backend, backend),)
 
 
 def parse_item(text: str) -> Item:

@@ -1,0 +1,131 @@
+"""A deployment from the run to its results: build, check, measure, record; each of the first three in a process of its own.
+
+Imports no Keras. A file is moved to its place only once it agrees with Keras.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deploy import parity
+from deploy.formats import file_name
+from deploy.record import results_of
+from deploy.source import Source
+from edgebench.cli import ExperimentError, require, require_writable_folder
+from edgebench.record import write_results
+
+HERE = Path(__file__).parent
+ERROR, WARNING = "export.py: error: ", ": warning: "
+
+
+class Disagrees(ExperimentError):
+    """A file does not compute what Keras computes."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What was written: files, the results file, and the results."""
+
+    files: list[Path]
+    results_path: Path
+    results: dict
+
+
+def export(
+    source: Source,
+    form: str,
+    int8: bool,
+    batch_size: int,
+    device: str,
+    measure_seconds: float,
+    output: Path,
+    results: Path,
+) -> Deployment:
+    """Build the files for one image and for a batch, prove that they agree, measure them and write their results.
+
+    Files go to the folder `output`, results to the folder `results`. Raises ExperimentError where something cannot be done,
+    and Disagrees, with no file kept, where a file does not agree with Keras.
+    """
+    require_writable_folder(output, "--output-dir")
+    require_writable_folder(results, "--results-dir")
+    batch_sizes = sorted({1, batch_size})
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as scratch:
+        folder = Path(scratch)
+        names = {size: file_name(source.path.stem, form, int8, size) for size in batch_sizes}
+        request = {
+            "results": source.results,
+            "weights": str(source.weights),
+            "format": form,
+            "int8": int8,
+            "files": [(size, str(folder / name)) for size, name in names.items()],
+            "folder": scratch,
+            "device": device,
+            "tf32": device == "gpu" and source.what["tf32"],
+            "measure_seconds": measure_seconds,
+        }
+        (folder / "request.json").write_text(json.dumps(request))
+        print(f"building {' and '.join(names.values())}", flush=True)
+        built = _process("build.py", folder)
+        print("checking on the test images, in the file's own runtime", flush=True)
+        _process("run.py", folder, "check")
+        labels, reference = (np.load(folder / f"{name}.npy") for name in ("labels", "logits"))
+        files = []
+        for size, name in names.items():
+            found = parity.compare(reference, np.load(folder / f"logits.{size}.npy"), labels)
+            problem = parity.disagreement(found, int8, request["tf32"])
+            if problem:
+                raise Disagrees(f"{name} is not kept: {problem}")
+            path = {"path": str(output / name), "bytes": _bytes(folder / name), "batch_size": size}
+            files.append({**path, "parity": found})
+        print(f"measuring, for up to {measure_seconds:g} s (--measure-seconds)", flush=True)
+        measured = _process("run.py", folder, "measure")
+        document = results_of(source, request, built, measured, files, np.load(folder / "logits.1.npy"), labels)
+        for name in names.values():
+            _put_in_place(folder / name, output / name)
+    path = write_results(results, document)
+    require(path is not None, f"the results could not be written to {results}; the files are in {output}")
+    return Deployment([output / name for name in names.values()], path, document)
+
+
+def _process(script: str, folder: Path, task: str = "") -> dict:
+    """Run a script of this folder on the request and return its answer. Its warnings are passed on, and on failure its error."""
+    request, answer = folder / "request.json", folder / f"{task or 'built'}.json"
+    command = [sys.executable, str(HERE / script), *filter(None, [task]), str(request)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    lines = done.stderr.splitlines()
+    for line in lines:
+        if WARNING in line and line.startswith(("vit.py", "export.py")):
+            print(line, file=sys.stderr)
+    if done.returncode == 0:
+        return json.loads(answer.read_text())
+    errors = [line.partition("error: ")[2] for line in lines if line.startswith((ERROR, "vit.py: error: "))]
+    if errors:
+        raise ExperimentError(errors[-1])
+    print(done.stderr, file=sys.stderr)
+    killed = f"by signal {-done.returncode}, as a kernel does that has no memory left" if done.returncode < 0 else ""
+    raise ExperimentError(f"deploy/{script} was ended {killed}" if killed else f"deploy/{script} failed: see above")
+
+
+def _bytes(path: Path) -> int:
+    """The size of a file, or of all files in a folder."""
+    return (
+        sum(each.stat().st_size for each in path.rglob("*") if each.is_file()) if path.is_dir() else path.stat().st_size
+    )
+
+
+def _put_in_place(scratch: Path, path: Path) -> None:
+    """Move a file or a folder to its path. What is there already is replaced, and a line says so."""
+    if path.exists():
+        print(f"replacing {path}", flush=True)
+    if path.is_dir():  # only a file can be replaced by one that takes its name
+        shutil.rmtree(path)
+    os.replace(scratch, path)

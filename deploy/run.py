@@ -1,0 +1,88 @@
+"""The process that runs deployed files, and imports neither Keras nor torch: `python deploy/run.py TASK REQUEST.json`.
+
+pipeline.py starts it twice: `check` predicts all test images with every file, `measure` is a fresh process that measures.
+"""
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+import numpy as np
+
+from deploy.formats import FORMATS
+from deploy.runtimes import Predict, open_file
+from edgebench import cli, energy, latency, nvml, process
+from edgebench.compare.items import RUNTIMES
+from edgebench.load import LoadMeter, cores
+from edgebench.record import cpu_name
+
+
+def predict_all(predict: Predict, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Logits (N, classes) of images (N, H, W, C), a batch at a time; the last image fills up the last batch."""
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = np.array(images[start : start + batch_size])
+        padding = np.repeat(batch[-1:], batch_size - len(batch), axis=0)
+        parts.append(predict(np.concatenate([batch, padding]))[: len(batch)])
+    return np.concatenate(parts)
+
+
+def check(request: dict, folder: Path, threads: int) -> dict:
+    """Write the logits of every file on all test images: logits.1.npy, logits.64.npy."""
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    for batch_size, path in request["files"]:
+        predict = open_file(request["format"], Path(path), threads, request["device"], request["tf32"])
+        np.save(folder / f"logits.{batch_size}.npy", predict_all(predict, images, batch_size))
+    return {}
+
+
+def measure(request: dict, folder: Path, threads: int) -> dict:
+    """Latency of one image, throughput of the batch, memory and energy, each by the rules for a run of vit.py."""
+    form, device, budget_s = request["format"], request["device"], request["measure_seconds"]
+    gpu_id = nvml.pci_address(0) if device == "gpu" else None
+    files = [(batch_size, Path(path)) for batch_size, path in request["files"]]
+    largest = files[-1][0]
+    images = np.array(np.load(folder / "images.npy", mmap_mode="r")[:largest])
+    images = np.resize(images, (largest, *images.shape[1:]))  # repeats them where there are fewer test images
+    package = RUNTIMES[FORMATS[form].runtime]
+    meters = energy.start_meters(device == "gpu", gpu_id, {})
+    load_meter = LoadMeter(device == "gpu", gpu_id)
+
+    predict, open_s = latency.timed(open_file, form, files[0][1], threads, device, request["tf32"])
+    ready_s = process.age_s()
+    load_meter.begin()
+    sections = latency.one_image(predict, images, budget_s)
+    if len(files) > 1:
+        predict = open_file(form, files[1][1], threads, device, request["tf32"])
+        sections = latency.merge(sections, latency.batches(predict, images, budget_s))
+    load_meter.end()
+    joules = energy.inference_energy(meters, lambda: predict(images), len(images))
+    load, missing = load_meter.figures([0], threads)
+    times = {"time": {"import_s": ready_s - open_s, "build_s": open_s}}
+    del sections["compile_s"]  # nothing compiles: the first call costs what the runtime allocates
+    name = nvml.Gpu(gpu_id).name() if gpu_id else None
+    return {
+        "device": name or ("GPU" if device == "gpu" else cpu_name()),
+        "gpu_id": gpu_id,
+        "package": {package: importlib.metadata.version(package)},
+        "sections": latency.merge(sections, joules, times, {"load": load, "missing": missing}),
+    }
+
+
+def main(task: str, request_path: Path) -> None:
+    """Do a task of the request and write what came of it to TASK.json beside it."""
+    with cli.errors_in_one_line(program="export.py"):
+        environment = process.clear_environment()
+        request, threads = json.loads(request_path.read_text()), cores(os.sched_getaffinity(0))
+        answer = {"check": check, "measure": measure}[task](request, request_path.parent, threads)
+        imported = [name for name in ("keras", "torch", "vit") if name in sys.modules]
+        answer |= {"environment": environment, "imported": imported}
+        request_path.with_name(f"{task}.json").write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
