@@ -1,14 +1,16 @@
 """The model as an ONNX file, made for onnxruntime and for TensorRT 8.6 and 10 (JetPack 6). Needs Keras on torch."""
 
 import contextlib
+import importlib.metadata
 import logging
 from pathlib import Path
 
 import keras
 import onnx
 
-from edgebench.cli import require, warn
+from edgebench.cli import ExperimentError, one_line, require, warn
 
+TESTED = "torch 2.13.0"  # with Keras 3.15.1 and 3.12.4. Keras' exports fail with torch 2.4.
 OPSET = 17  # the newest that TensorRT 8.6 reads; onnxruntime and TensorRT 10 read newer ones, too
 # What TensorRT 8.6 has of the operators that this model may need (docs/operators.md of onnx-tensorrt). It takes bytes as an
 # input that a Cast follows (since 8.5).
@@ -38,8 +40,16 @@ TENSORRT_OPERATORS = {
 def write(model: keras.Model, path: Path, batch_size: int, image_shape: tuple[int, int, int], dtype: str) -> dict:
     """Write the model for a fixed batch and check the file -> its opset and its operators."""
     signature = [keras.InputSpec(shape=(batch_size, *image_shape), dtype=dtype, name="images")]
-    with _quiet():
-        model.export(path, format="onnx", verbose=False, input_signature=signature, opset_version=OPSET)
+    try:
+        with _quiet():
+            model.export(path, format="onnx", verbose=False, input_signature=signature, opset_version=OPSET)
+    except OSError:
+        raise
+    except Exception as error:  # torch's exporters have dozens of types
+        versions = f"torch {importlib.metadata.version('torch')} and Keras {keras.__version__}"
+        raise ExperimentError(
+            f"{versions} cannot write this model as ONNX; {TESTED} can ({one_line(error)[:200]})"
+        ) from error
     return check(path)
 
 

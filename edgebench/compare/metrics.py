@@ -1,7 +1,7 @@
 """The metrics of a comparison, and their values in the runs."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgebench.compare.runs import NONE, Run
@@ -24,6 +24,7 @@ class Metric:
     cache: str = ""  # "cold" or "warm": only runs whose compile cache was so
     is_compilation: bool = False  # compared only between runs that compile
     is_compared: bool = True
+    of: str = "training"  # what has it: a "training", any "inference", which a deployed file does as well, or a deployed "file"
     subject: str = ""  # what it is called in a sentence; only metrics with one get sentences
     claim: str = ""  # the sentence on a supported difference
 
@@ -51,15 +52,22 @@ EVALUATION = Metric("evaluation", "images/s", "time/evaluation_images_per_s")
 CORES = Metric("CPU cores used", "mean", "load/cpu_s_per_wall_s", is_compared=False)
 LATENCY = Metric(
     *("one image p50", "ms", "time/latency_ms/p50"),
+    of="inference",
     subject="latency of one image",
     claim="{a} took {ratio} the time of {b} for one image",
 )
-LATENCY_P99 = Metric("one image p99", "ms", "time/latency_ms/p99")
-BARE_LATENCY = Metric("bare p50", "ms", "time/bare_latency_ms/p50")
-INFERENCE = Metric("inference", "images/s", "time/inference_images_per_s")
+LATENCY_P90 = Metric("p90", "ms", "time/latency_ms/p90", of="inference")
+LATENCY_P99 = Metric("p99", "ms", "time/latency_ms/p99", of="inference")
+BARE_LATENCY = Metric("bare p50", "ms", "time/bare_latency_ms/p50", of="inference")
+INFERENCE = Metric("inference", "images/s", "time/inference_images_per_s", of="inference")
+INFERENCE_MEMORY = Metric(
+    "memory", "MiB RSS", "memory/inference_peak_rss_bytes", scale=2**-20, of="inference"
+)
+FILE_SIZE = Metric("file", "MB", "what/deployed/file_bytes", scale=1e-6, is_compared=False, of="file")
 INFERENCE_ENERGY = Metric(
     *("inference energy", "J/image", "energy/inference_joules_per_image/accelerator"),
     fallback="energy/inference_joules_per_image/cpu_package",
+    of="inference",
 )
 COMPILE_COLD, COMPILE_WARM = (
     Metric(
@@ -92,20 +100,24 @@ ACCURACY = Metric(
     *("test accuracy", "%", "quality/test/test_accuracy"),
     scale=100,
     is_share=True,
+    of="inference",
     subject="test accuracy",
     claim="{a} reached a test accuracy {ratio} that of {b}",
 )
-TOP_5 = Metric("top-5", "%", "quality/test/test_top-5-accuracy", scale=100, is_share=True)
+TOP_5 = Metric("top-5", "%", "quality/test/test_top-5-accuracy", scale=100, is_share=True, of="inference")
 BEST_EPOCH = Metric("best epoch after", "s", "quality/best_epoch_s")
 
 TABLES = {
     "Training": (TRAINING, STEP_P50, STEP_P99, EVALUATION, CORES),
-    "Inference": (LATENCY, BARE_LATENCY, LATENCY_P99, INFERENCE, INFERENCE_ENERGY),
+    "Inference": (
+        *(LATENCY, LATENCY_P90, LATENCY_P99, BARE_LATENCY, INFERENCE, INFERENCE_ENERGY, INFERENCE_MEMORY, FILE_SIZE),
+        *(ACCURACY, TOP_5),
+    ),
     "From the start of the process": (
         *(FIRST_STEP_COLD, FIRST_EPOCH_COLD, COMPILE_COLD),
         *(FIRST_STEP_WARM, FIRST_EPOCH_WARM, COMPILE_WARM),
     ),
-    "Costs and quality": (MEMORY, ENERGY, ACCURACY, TOP_5, BEST_EPOCH),
+    "Costs of the training": (MEMORY, ENERGY, BEST_EPOCH),
 }
 SENTENCES = tuple(metric for metrics in TABLES.values() for metric in metrics if metric.claim)
 MARKS = {  # shown beside a value from this path
@@ -153,6 +165,12 @@ class Figures:
         if len(self.values) < self.runs:
             text += f" [{len(self.values)} of {self.runs}]"
         return text
+
+
+def names_with(metric: Metric, names: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
+    """Return the names that can have a metric: a deployed file has none of the training."""
+    without = {"training": True, "file": False}.get(metric.of)  # whether those that lack it are deployed
+    return {name: runs for name, runs in names.items() if runs[0].is_deployed is not without}
 
 
 def runs_for(metric: Metric, runs: Sequence[Run]) -> list[Run]:

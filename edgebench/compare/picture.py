@@ -21,6 +21,7 @@ from edgebench.compare.metrics import (
     TRAINING,
     Metric,
     measure,
+    names_with,
     why_missing,
 )
 from edgebench.compare.runs import Run, distinct
@@ -88,8 +89,9 @@ def _comparison(runs: Sequence[Run], baseline: str | None) -> tuple[list[str], l
     colours = {name: COLOURS.get(name) or next(free) for name in backends}
     panels, missing = [], []
     for metric, (title, direction) in BARS.items():
-        if any(measure(metric, runs).values for runs in backends.values()):
-            panels.append(_bars(metric, title, direction, backends, colours))
+        able = names_with(metric, backends)
+        if any(measure(metric, runs).values for runs in able.values()):
+            panels.append(_bars(metric, title, direction, able, colours))
         else:
             missing.append(_not_measured(metric, group))
     if curves.accuracies(group):
@@ -100,7 +102,7 @@ def _comparison(runs: Sequence[Run], baseline: str | None) -> tuple[list[str], l
         missing.append("validation accuracy")
     waits = [metric for metric in WAITS if measure(metric, group).values]
     if waits:
-        panels.append(_bars(waits[0], WAITS[waits[0]], LESS, backends, colours))
+        panels.append(_bars(waits[0], WAITS[waits[0]], LESS, names_with(waits[0], backends), colours))
     else:
         missing.append("waiting time")
     counts = {len(runs) for runs in backends.values()}

@@ -16,6 +16,7 @@ UNREADABLE = (OSError, ValueError, RecursionError)  # what reading a broken JSON
 BENCHMARK_FILE = "benchmark.json"  # beside the results: what benchmark.py varied, and which run belongs to which item
 UNSTABLE_SPREAD = 1.5  # the longest epoch over the shortest, from which a run is called unstable
 TITLES = {"jax": "JAX", "tensorflow": "TensorFlow", "native-jax": "native JAX", "native-torch": "native torch"}
+TITLES |= {"litert": "LiteRT", "saved_model": "TensorFlow SavedModel"}
 # What Markdown would take as markup. `_` within a word and `[` without a link after it mean nothing to it.
 MARKUP = re.compile(r"[\\`*<>]|~~|](?=[(\[])|(?<!\w)_|_(?!\w)")
 
@@ -86,16 +87,35 @@ class Run:
         return self.document["what"]["backend"]
 
     @property
+    def is_deployed(self) -> bool:
+        """Whether this is a file that export.py has written, which is not trained."""
+        return isinstance(self.get("what/deployed"), dict)
+
+    @property
     def is_compiled(self) -> bool:
         """Whether the step was compiled. torch that was asked to compile and could not has run eagerly."""
         return self.get("what/jit_compile") is True and not self.get("what/jit_failure")
 
     @property
     def name(self) -> str:
-        """The backend with its mode and the flags that were varied: "JAX (compiled, dtype_policy mixed_bfloat16)"."""
+        """The backend with its mode and the flags that were varied: "JAX (compiled, dtype_policy mixed_bfloat16)".
+
+        A runtime has what it computes with instead of a mode: "onnxruntime (CPU)", "onnxruntime (int8)".
+        """
         modes = ("graph", "XLA") if self.backend == "tensorflow" else ("eager", "compiled")
+        mode = modes[self.is_compiled]
+        if self.is_deployed:
+            mode = "int8" if self.get("what/deployed/int8") else self.text("what/deployed/processor")
         flags = [f"{field} {self.text(f'what/config/{field}')}" for field in self.varied]
-        return f"{title(self.backend)} ({', '.join([modes[self.is_compiled], *flags])})"
+        return f"{title(self.backend)} ({', '.join([mode, *flags])})"
+
+    @property
+    def inference_batch(self) -> str:
+        """Images at a time for which inference_images_per_s holds, if they are not as many as in the training."""
+        whole, parts = (self.number(f"what/config/{name}") for name in ("batch_size", "gradient_accumulation_steps"))
+        batch = self.number("what/deployed/batch_size")
+        is_alike = None in (batch, whole, parts) or batch * parts == whole
+        return "as in the training" if is_alike else f"{batch:g}"
 
     @property
     def seed(self) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgebench.cli import BACKENDS
-from edgebench.compare.items import PEERS
+from edgebench.compare.items import PEERS, RUNTIMES
 from edgebench.compare.runs import Device, Run
 
 # Every field of vit.ViTConfig has one of three rules; a test fails for a field without one.
@@ -54,7 +54,7 @@ NOTED_PATHS = (
     *(f"what/config/{field}" for field, rule in FIELD_RULES.items() if rule == NOTED),
     "load/cores",
 )
-NOTED_WITHIN_A_NAME = ("what/attention", "what/jit_failure")
+NOTED_WITHIN_A_NAME = ("what/attention", "what/jit_failure", "what/deployed/trained_on")
 
 
 def conditions(run: Run) -> dict[str, str]:
@@ -75,6 +75,7 @@ def conditions(run: Run) -> dict[str, str]:
     if "tf32" in values and not run.get("what/is_gpu"):
         values["tf32"] = "off"
     values["resumed"] = "yes" if run.get("what/resumed_after_epochs") else "no"
+    values["inference_batch"] = run.inference_batch
     return values
 
 
@@ -100,7 +101,7 @@ def by_device(runs: Sequence[Run]) -> dict[Device, list[list[Run]]]:
 
 def by_name(runs: Sequence[Run], baseline: str | None) -> dict[str, list[Run]]:
     """Sort the runs by name: the baseline first, if it has runs, then in the order of the backends."""
-    known = [*BACKENDS, *PEERS]
+    known = [*BACKENDS, *PEERS, *RUNTIMES]
 
     def place(run: Run) -> tuple:
         rank = known.index(run.backend) if run.backend in known else len(known)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from edgebench.compare.metrics import ACCURACY, ENERGY, LATENCY, MEMORY, TRAINING, Figures, Metric, measure
+from edgebench.compare.metrics import ACCURACY, ENERGY, LATENCY, MEMORY, TRAINING, Figures, Metric, measure, names_with
 from edgebench.compare.runs import Run, distinct
 from edgebench.compare.sentences import size
 from edgebench.compare.verdicts import MIN_EFFECT, Comparison, Decisions
@@ -25,7 +25,9 @@ def summary(names: Mapping[str, list[Run]], comparisons: Sequence[Comparison], d
     for metric in (*QUESTIONS, ACCURACY):
         of_metric = [each for each in comparisons if each.metric is metric]
         answer = _accuracy if metric is ACCURACY else _best
-        answers.append(answer(metric, names, of_metric, decisions))
+        able = names_with(metric, names)
+        if len(able) > 1 and next(iter(names)) in able:
+            answers.append(answer(metric, able, of_metric, decisions))
     first, *others = answers
     return start + " ".join([first[0].lower() + first[1:], *others])
 
@@ -40,7 +42,8 @@ def _model(group: Sequence[Run]) -> str:
 
 def _alone(name: str, runs: list[Run]) -> str:
     """Return the medians of the only name. Nothing is claimed about it."""
-    known = [measure(metric, runs) for metric in (*QUESTIONS, ACCURACY)]
+    metrics = [metric for metric in (*QUESTIONS, ACCURACY) if names_with(metric, {name: runs})]
+    known = [measure(metric, runs) for metric in metrics]
     figures = [f"{each.metric.title} {_value(each)}" for each in known if each.values]
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs, medians"
     unstable = _leaning(sum(bool(run.instabilities) for run in runs))

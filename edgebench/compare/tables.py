@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 
-from edgebench.compare.metrics import TABLES, measure, why_missing
+from edgebench.compare.metrics import TABLES, Metric, measure, names_with, why_missing
 from edgebench.compare.runs import Run, distinct
 from edgebench.compare.sentences import cell
 from edgebench.compare.verdicts import Comparison, Decisions
@@ -25,25 +25,36 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 def result_tables(names: Mapping[str, list[Run]], comparisons: Sequence[Comparison], decisions: Decisions) -> list[str]:
     """Return the tables of a set of comparable runs, without columns that have no values, and what is said about those."""
-    base, *others = names
+    base = next(iter(names))
     by_place = {(each.name, each.metric): each for each in comparisons}
-    head = ["backend", *names, *(f"{name} / {base}" for name in others)]
     parts = []
     for caption, metrics in TABLES.items():
-        counts = ["n", *(_count(runs) for runs in names.values()), *("" for _ in others)]
-        columns = [counts]
-        if caption == "Training":
-            columns.append(
-                ["attention", *(distinct(runs, "what/attention") for runs in names.values()), *("" for _ in others)]
-            )
-        shown = [metric for metric in metrics if any(measure(metric, runs).values for runs in names.values())]
-        for metric in shown:
-            compared = [by_place.get((name, metric)) for name in others]
-            ratios = [cell(each, decisions.get(each)) if each else "" for each in compared]
-            columns.append([metric.heading, *(measure(metric, runs).cell() for runs in names.values()), *ratios])
-        if shown:
-            parts += [f"**{caption}**", *_split(head, columns)]
+        parts += _table(caption, metrics, base, names_with(metrics[0], names), by_place, decisions)
     return [*parts, *missing_figures(names)]
+
+
+def _table(
+    caption: str,
+    metrics: Sequence[Metric],
+    base: str,
+    names: Mapping[str, list[Run]],
+    by_place: Mapping[tuple[str, Metric], Comparison],
+    decisions: Decisions,
+) -> list[str]:
+    """Return a table, in parts if it is too wide, under its caption; nothing if none of its metrics has a value."""
+    others = [name for name in names if name != base and base in names]
+    head = ["backend", *names, *(f"{name} / {base}" for name in others)]
+    counts = ["n", *(_count(runs) for runs in names.values()), *("" for _ in others)]
+    columns = [counts]
+    if caption == "Training":
+        attention = [distinct(runs, "what/attention") for runs in names.values()]
+        columns.append(["attention", *attention, *("" for _ in others)])
+    shown = [metric for metric in metrics if any(measure(metric, runs).values for runs in names.values())]
+    for metric in shown:
+        compared = [by_place.get((name, metric)) for name in others]
+        ratios = [cell(each, decisions.get(each)) if each else "" for each in compared]
+        columns.append([metric.heading, *(measure(metric, runs).cell() for runs in names.values()), *ratios])
+    return [f"**{caption}**", *_split(head, columns)] if shown else []
 
 
 def _count(runs: Sequence[Run]) -> str:
@@ -69,11 +80,12 @@ def missing_figures(names: Mapping[str, list[Run]]) -> list[str]:
     gaps: dict[tuple[str, str], list[str]] = {}  # (names, reason): the metrics
     for metric in itertools.chain(*TABLES.values()):
         reasons: dict[str, list[str]] = {}
-        for name, runs in names.items():
+        able = names_with(metric, names)
+        for name, runs in able.items():
             if not measure(metric, runs).values:
                 reasons.setdefault(why_missing(metric, runs), []).append(name)
         for reason, without in reasons.items():
-            everywhere = len(without) == len(names)
+            everywhere = len(without) == len(able)
             gaps.setdefault(("" if everywhere else f" for {', '.join(without)}", reason), []).append(metric.title)
     lines = [f"- No {', '.join(titles)}{without}: {reason}." for (without, reason), titles in gaps.items()]
     return ["\n".join(lines)] if lines else []

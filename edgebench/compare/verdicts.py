@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgebench.compare.metrics import SENTENCES, SOURCES, TABLES, TRAINING, Figures, Metric, measure, pairs
+from edgebench.compare.metrics import SENTENCES, SOURCES, TABLES, TRAINING, Figures, Metric, measure, names_with, pairs
 from edgebench.compare.runs import Run
 from edgebench.compare.statistics import Decision, Estimate, decide, paired, welch
 
@@ -96,11 +96,16 @@ def compare_devices(runs: Sequence[Run], other_runs: Sequence[Run]) -> Compariso
 
 
 def compare_all(names: Mapping[str, list[Run]]) -> list[Comparison]:
-    """Compare each name with the first in all metrics, those of the sentences first."""
+    """Compare each name with the first in all metrics that both can have, those of the sentences first."""
     (base, base_runs), *others = names.items()
     tabulated = [metric for table in TABLES.values() for metric in table if metric.is_compared]
     metrics = [*SENTENCES, *(metric for metric in tabulated if metric not in SENTENCES)]
-    return [compare(metric, name, runs, base, base_runs) for name, runs in others for metric in metrics]
+    return [
+        compare(metric, name, runs, base, base_runs)
+        for name, runs in others
+        for metric in metrics
+        if len(names_with(metric, {base: base_runs, name: runs})) == 2
+    ]
 
 
 def decide_all(comparisons: Iterable[Comparison]) -> dict[Comparison, Decision]:
