@@ -60,9 +60,7 @@ LATENCY_P90 = Metric("p90", "ms", "time/latency_ms/p90", of="inference")
 LATENCY_P99 = Metric("p99", "ms", "time/latency_ms/p99", of="inference")
 BARE_LATENCY = Metric("bare p50", "ms", "time/bare_latency_ms/p50", of="inference")
 INFERENCE = Metric("inference", "images/s", "time/inference_images_per_s", of="inference")
-INFERENCE_MEMORY = Metric(
-    "memory", "MiB RSS", "memory/inference_peak_rss_bytes", scale=2**-20, of="inference"
-)
+INFERENCE_MEMORY = Metric("memory", "MiB RSS", "memory/inference_peak_rss_bytes", scale=2**-20, of="inference")
 FILE_SIZE = Metric("file", "MB", "what/deployed/file_bytes", scale=1e-6, is_compared=False, of="file")
 INFERENCE_ENERGY = Metric(
     *("inference energy", "J/image", "energy/inference_joules_per_image/accelerator"),
