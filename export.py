@@ -8,8 +8,8 @@
 A file has the resizing and the normalization in it and takes images as they were stored. It is for a fixed number of images:
 one file takes one, another --batch. Each is run in its own runtime on all test images and kept only if it agrees with Keras.
 
-Exit status: 0 the files are written; 1 a file does not agree with Keras; 2 wrong input, or something is not installed; 130
-and 143 stopped by Ctrl-C or SIGTERM.
+Exit status: 0 the files are written; 1 a file does not agree with Keras, or an unexpected error; 2 wrong input, or something
+is not installed; 3 out of memory; 130 and 143 stopped by Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def describe(deployment: Deployment) -> str:
     for file in what["deployed"]["files"]:
         found = file["parity"]
         lines += [
-            f"{file['path']}: {file['bytes'] / 1e6:,.2f} MB, {file['batch_size']} image(s) at a time",
+            f"{file['path']}: {file['bytes'] / 1e6:,.2f} MB, takes {file['batch_size']} at a time",
             f"  against Keras on {found['images']:,} test images: logits differ by up to "
             f"{found['largest_logit_difference']:.2g} (largest {found['largest_logit']:.3g}), top-1 agrees on "
             f"{found['top_1_agreement']:.2%}, accuracy {found['accuracy']:.2%} (Keras {found['keras_accuracy']:.2%})",

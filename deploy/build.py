@@ -19,8 +19,11 @@ def main(request_path: Path) -> None:
         process.set_environment("cpu", compile_cache=True)
         with process.importing_keras(is_program=True):
             from deploy import keras_model
-        built = keras_model.build(request)
-        request_path.with_name("built.json").write_text(json.dumps(built))
+        try:
+            built = keras_model.build(request)
+            request_path.with_name("built.json").write_text(json.dumps(built))
+        except OSError as error:  # a full disk
+            raise cli.ExperimentError(f"the files cannot be written ({cli.one_line(error)})") from error
 
 
 if __name__ == "__main__":

@@ -77,21 +77,18 @@ def write_file(
     dtype: str,
 ) -> dict:
     """Write one file and return what its format tells of it."""
-    try:
-        if form == "onnx":
-            from deploy import onnx_file
+    if form == "onnx":
+        from deploy import onnx_file
 
-            whole = path.with_name(f"float32-{path.name}") if int8 else path
-            facts = onnx_file.write(model, whole, batch_size, image_shape, dtype)
-            if int8:
-                onnx_file.quantize(whole, path)
-            return facts
-        from deploy import tensorflow_file
+        whole = path.with_name(f"float32-{path.name}") if int8 else path
+        facts = onnx_file.write(model, whole, batch_size, image_shape, dtype)
+        if int8:
+            onnx_file.quantize(whole, path)
+        return facts
+    from deploy import tensorflow_file
 
-        folder = path.with_suffix(".folder") if form == "litert" else path
-        tensorflow_file.write_saved_model(model, folder, batch_size, image_shape, dtype)
-        if form == "litert":
-            tensorflow_file.write_litert(folder, path, int8)
-        return {}
-    except OSError as error:
-        raise ExperimentError(f"{path.parent} cannot be written ({one_line(error)})") from error
+    folder = path.with_suffix(".folder") if form == "litert" else path
+    tensorflow_file.write_saved_model(model, folder, batch_size, image_shape, dtype)
+    if form == "litert":
+        tensorflow_file.write_litert(folder, path, int8)
+    return {}

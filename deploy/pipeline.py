@@ -6,6 +6,7 @@ Imports no Keras. A file is moved to its place only once it agrees with Keras.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from deploy import parity
 from deploy.formats import file_name
 from deploy.record import results_of
 from deploy.source import Source
-from edgebench.cli import ExperimentError, require, require_writable_folder
+from edgebench.cli import ExperimentError, OutOfMemory, require, require_writable_folder
 from edgebench.record import write_results
 
 HERE = Path(__file__).parent
@@ -27,6 +28,12 @@ ERROR, WARNING = "export.py: error: ", ": warning: "
 
 class Disagrees(ExperimentError):
     """A file does not compute what Keras computes."""
+
+    exit_status = 1
+
+
+class Unexpected(ExperimentError):
+    """A process has failed in a way that nobody has foreseen; its traceback is on stderr."""
 
     exit_status = 1
 
@@ -109,10 +116,11 @@ def _process(script: str, folder: Path, task: str = "") -> dict:
         return json.loads(answer.read_text())
     errors = [line.partition("error: ")[2] for line in lines if line.startswith((ERROR, "vit.py: error: "))]
     if errors:
-        raise ExperimentError(errors[-1])
+        raise (OutOfMemory if done.returncode == OutOfMemory.exit_status else ExperimentError)(errors[-1])
+    if done.returncode == -signal.SIGKILL:
+        raise OutOfMemory(f"deploy/{script} was killed, as Linux does when memory runs out")
     print(done.stderr, file=sys.stderr)
-    killed = f"by signal {-done.returncode}, as a kernel does that has no memory left" if done.returncode < 0 else ""
-    raise ExperimentError(f"deploy/{script} was ended {killed}" if killed else f"deploy/{script} failed: see above")
+    raise Unexpected(f"deploy/{script} failed with exit status {done.returncode}: see above")
 
 
 def _bytes(path: Path) -> int:

@@ -3,6 +3,7 @@
 pipeline.py starts it twice: `check` predicts all test images with every file, `measure` is a fresh process that measures.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -29,6 +30,13 @@ def predict_all(predict: Predict, images: np.ndarray, batch_size: int) -> np.nda
         padding = np.repeat(batch[-1:], batch_size - len(batch), axis=0)
         parts.append(predict(np.concatenate([batch, padding]))[: len(batch)])
     return np.concatenate(parts)
+
+
+def gpu_name(gpu_id: str | None) -> str:
+    """The name of the GPU as NVML and every backend know it."""
+    with contextlib.suppress(Exception):  # no library, no driver, no such GPU
+        return nvml.Gpu(gpu_id).name() or "GPU"
+    return "GPU"
 
 
 def check(request: dict, folder: Path, threads: int) -> dict:
@@ -64,11 +72,12 @@ def measure(request: dict, folder: Path, threads: int) -> dict:
     load, missing = load_meter.figures([0], threads)
     times = {"time": {"import_s": ready_s - open_s, "build_s": open_s}}
     del sections["compile_s"]  # nothing compiles: the first call costs what the runtime allocates
-    name = nvml.Gpu(gpu_id).name() if gpu_id else None
+    # The package may be another one, as onnxruntime-gpu. ai_edge_litert does not tell its version.
+    version = getattr(sys.modules[FORMATS[form].to_run], "__version__", None) or importlib.metadata.version(package)
     return {
-        "device": name or ("GPU" if device == "gpu" else cpu_name()),
+        "device": gpu_name(gpu_id) if device == "gpu" else cpu_name(),
         "gpu_id": gpu_id,
-        "package": {package: importlib.metadata.version(package)},
+        "package": {package: version},
         "sections": latency.merge(sections, joules, times, {"load": load, "missing": missing}),
     }
 

@@ -27,6 +27,8 @@ def _onnxruntime(path: Path, threads: int, device: str, tf32: bool) -> Predict:
     onnxruntime.set_default_logger_severity(3)  # errors
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if device == "gpu":
+        onnxruntime.preload_dlls()  # CUDA and cuDNN, where pip has installed them
     wanted = (CUDA, {"use_tf32": str(int(tf32))}) if device == "gpu" else "CPUExecutionProvider"
     session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
     has_gpu = session.get_providers()[0] == CUDA  # onnxruntime falls back to the CPU with no more than a warning

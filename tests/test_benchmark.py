@@ -508,3 +508,54 @@ def test_every_figure_and_condition_exists_in_what_vit_writes():
     ):
         section, name = path.split("/")
         assert name in schema["properties"][section]["properties"], path
+
+
+def deployed(**changes) -> dict:
+    """The changes that make a results file that of a deployed file, by their path."""
+    facts = {"int8": False, "processor": "CPU", "trained_on": "jax", "batch_size": 32, "file_bytes": 87_000_000}
+    none = (
+        "time/train_images_per_s",
+        "time/step_ms",
+        "time/compile_s",
+        "memory/peak_rss_bytes",
+        "quality/best_epoch_s",
+    )
+    none = {path: None for path in (*none, "memory/train_peak_device_bytes", "energy/accelerator")}
+    missing = {path: "a deployed file is not trained" for path in none}
+    lists = {"quality/epochs": [], "quality/epoch_end_s": []}
+    return {**none, **lists, "missing": missing, "what/jit_compile": False, "what/deployed": facts | changes}
+
+
+def test_deployed_files_stand_beside_the_backends_in_the_table_for_inference_and_in_no_other(write, tmp_path):
+    for seed in range(4):
+        write("jax", {"what/config/seed": seed, "time/latency_ms/p50": 2.0 + seed / 100})
+        for changes, ms in (({}, 0.5), ({"int8": True, "file_bytes": 24_000_000}, 0.4)):
+            figures = {"what/config/seed": seed, "time/latency_ms/p50": ms + seed / 1000}
+            write("onnxruntime", {**deployed(**changes), **figures})
+        write("litert", {**deployed(), "what/config/seed": seed, "time/latency_ms/p50": 0.6 + seed / 1000})
+    text = text_of(tmp_path)
+    tables = {part.split("**")[0]: part.split("**")[1] for part in text.split("\n**")[1:]}
+    names = ("onnxruntime (CPU)", "onnxruntime (int8)", "LiteRT (CPU)")
+    for name in names:
+        assert f"| {name} " in tables["Inference"] and f"| {name} " not in tables["Training"]
+        assert re.search(re.escape(name) + r" took 0\.[1-3]\d+× the time of JAX \(compiled\) for one image", text)
+        assert f"{name} used" not in text and f"for {name}: a deployed" not in text
+    row = next(line for line in tables["Inference"].splitlines() if line.startswith("| onnxruntime (int8) "))
+    assert "24.0" in row and "40.00" in row  # MB of its file, % of accuracy
+    assert "training throughput" not in text.split("**What was found**")[1]
+    based = text_of(tmp_path, baseline="LiteRT (CPU)")
+    assert "JAX (compiled) took" in based and "Training throughput:" not in based
+
+
+def test_files_for_another_number_of_images_are_not_compared(write, tmp_path):
+    rates(write, "jax", 90, 91)
+    rates(write, "onnxruntime", 1, 2, path="time/inference_images_per_s", **deployed(batch_size=8))
+    assert "inference_batch 8 against as in the training" in text_of(tmp_path)
+
+
+def test_a_report_on_deployed_files_alone_is_drawn(write, tmp_path, capsys):
+    path = write("onnxruntime", deployed())
+    assert benchmark.main(["--report", str(path)]) == 0
+    write("litert", deployed())
+    assert benchmark.main(["--report", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == "" and (tmp_path / "report.png").exists()

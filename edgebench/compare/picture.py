@@ -100,7 +100,8 @@ def _comparison(runs: Sequence[Run], baseline: str | None) -> tuple[list[str], l
         panels.append(Panel("Validation accuracy over time, %", MORE, draw_accuracy, 2.9, legend, left=0.85))
     else:
         missing.append("validation accuracy")
-    waits = [metric for metric in WAITS if measure(metric, group).values]
+    trained = [run for run in group if not run.is_deployed]
+    waits = [metric for metric in WAITS if measure(metric, trained).values]
     if waits:
         panels.append(_bars(waits[0], WAITS[waits[0]], LESS, names_with(waits[0], backends), colours))
     else:
