@@ -125,9 +125,8 @@ def _process(script: str, folder: Path, task: str = "") -> dict:
 
 def _bytes(path: Path) -> int:
     """The size of a file, or of all files in a folder."""
-    return (
-        sum(each.stat().st_size for each in path.rglob("*") if each.is_file()) if path.is_dir() else path.stat().st_size
-    )
+    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files)
 
 
 def _put_in_place(scratch: Path, path: Path) -> None:

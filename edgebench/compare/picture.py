@@ -95,13 +95,13 @@ def _comparison(runs: Sequence[Run], baseline: str | None) -> tuple[list[str], l
         else:
             missing.append(_not_measured(metric, group))
     if curves.accuracies(group):
-        draw_accuracy = functools.partial(curves.draw_accuracy, backends=backends, colours=colours)
-        legend = 0.6 + 0.3 * ((len(backends) + 1) // 2)
+        trained = {name: runs for name, runs in backends.items() if not runs[0].is_deployed}
+        draw_accuracy = functools.partial(curves.draw_accuracy, backends=trained, colours=colours)
+        legend = 0.6 + 0.3 * ((len(trained) + 1) // 2)
         panels.append(Panel("Validation accuracy over time, %", MORE, draw_accuracy, 2.9, legend, left=0.85))
     else:
         missing.append("validation accuracy")
-    trained = [run for run in group if not run.is_deployed]
-    waits = [metric for metric in WAITS if measure(metric, trained).values]
+    waits = [metric for metric in WAITS if measure(metric, [run for run in group if not run.is_deployed]).values]
     if waits:
         panels.append(_bars(waits[0], WAITS[waits[0]], LESS, names_with(waits[0], backends), colours))
     else:

@@ -31,7 +31,7 @@ READING = f"""\
   count as both. first step, first epoch: seconds from the start of the process to their end.
 - one image: through `predict_on_batch`, as a user gets it; bare: the same computation without Keras' Python around it.
   p90, p99: of one image. memory: of the whole process after one image, before any batch or training.
-- onnxruntime, LiteRT, TensorFlow SavedModel: files that export.py wrote from the weights of such runs, each alone in its
+- onnxruntime, LiteRT, TF SavedModel: files that export.py wrote from the weights of such runs, each alone in its
   runtime, without Keras. int8: with int8 weights. File: the model for one image.
 - Memory is the peak that the backend's allocator held on the device while training; `RSS`: that of the whole process
   in main memory, where the device keeps no count. Energy is that of the accelerator (of the whole module on a

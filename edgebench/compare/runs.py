@@ -16,7 +16,7 @@ UNREADABLE = (OSError, ValueError, RecursionError)  # what reading a broken JSON
 BENCHMARK_FILE = "benchmark.json"  # beside the results: what benchmark.py varied, and which run belongs to which item
 UNSTABLE_SPREAD = 1.5  # the longest epoch over the shortest, from which a run is called unstable
 TITLES = {"jax": "JAX", "tensorflow": "TensorFlow", "native-jax": "native JAX", "native-torch": "native torch"}
-TITLES |= {"litert": "LiteRT", "saved_model": "TensorFlow SavedModel"}
+TITLES |= {"litert": "LiteRT", "saved_model": "TF SavedModel"}
 # What Markdown would take as markup. `_` within a word and `[` without a link after it mean nothing to it.
 MARKUP = re.compile(r"[\\`*<>]|~~|](?=[(\[])|(?<!\w)_|_(?!\w)")
 
