@@ -18,7 +18,8 @@ import sys
 from collections.abc import Sequence
 
 from deploy.formats import FORMATS, check_format
-from deploy.pipeline import Deployment, export
+from deploy.pipeline import Options, export
+from deploy.record import describe
 from deploy.source import read_source
 from edgebench.cli import errors_in_one_line, require
 from edgebench.compare.launch import OneLineParser, folder, interruptible
@@ -65,47 +66,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def describe(deployment: Deployment) -> str:
-    """What was written and found, in a few lines."""
-    what, times = deployment.results["what"], deployment.results["time"]
-    lines = []
-    for file in what["deployed"]["files"]:
-        found = file["parity"]
-        lines += [
-            f"{file['path']}: {file['bytes'] / 1e6:,.2f} MB, takes {file['batch_size']} at a time",
-            f"  against Keras on {found['images']:,} test images: logits differ by up to "
-            f"{found['largest_logit_difference']:.2g} (largest {found['largest_logit']:.3g}), top-1 agrees on "
-            f"{found['top_1_agreement']:.2%}, accuracy {found['accuracy']:.2%} (Keras {found['keras_accuracy']:.2%})",
-        ]
-    latency, rate = times["latency_ms"], times["inference_images_per_s"]
-    percentiles = ", ".join(
-        f"{name} {latency[name]:.3g}" for name in ("p50", "p90", "p99") if latency[name] is not None
-    )
-    throughput = f"; {rate:,.0f} images/s in batches" if rate else ""
-    memory = deployment.results["memory"]["inference_peak_rss_bytes"] / 2**20
-    lines.append(f"one image: {percentiles} ms (n = {latency['n']}){throughput}; peak memory {memory:,.0f} MiB")
-    lines += deployment.results["load"]["problems"]
-    folder = deployment.results_path.parent
-    return "\n".join([*lines, f"results in {deployment.results_path}", f"next: python benchmark.py --report {folder}"])
-
-
 def main(argv: Sequence[str]) -> None:
     """Run the command line; an expected failure becomes one line and an exit status."""
     with errors_in_one_line(program="export.py"), interruptible():
         args = parse(argv)
         source = read_source(args.results, args.weights)
         beside = args.results.parent
-        deployment = export(
-            source,
-            args.format,
-            args.int8,
-            args.batch or source.micro_batch_size,
-            args.device,
-            args.measure_seconds or source.what["config"]["measure_seconds"] or MEASURE_SECONDS,
-            args.output_dir or beside,
-            args.results_dir or beside,
+        options = Options(
+            format=args.format,
+            int8=args.int8,
+            batch_size=args.batch or source.micro_batch_size,
+            device=args.device,
+            measure_seconds=args.measure_seconds or source.what["config"]["measure_seconds"] or MEASURE_SECONDS,
+            output_dir=args.output_dir or beside,
+            results_dir=args.results_dir or beside,
         )
-        print(describe(deployment))
+        results, path = export(source, options)
+        print(f"{describe(results)}\nresults in {path}\nnext: python benchmark.py --report {path.parent}")
 
 
 if __name__ == "__main__":

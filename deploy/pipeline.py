@@ -39,35 +39,30 @@ class Unexpected(ExperimentError):
 
 
 @dataclass(frozen=True)
-class Deployment:
-    """What was written: files, the results file, and the results."""
+class Options:
+    """What is asked for: the flags of export.py, with `batch_size` images in the second file."""
 
-    files: list[Path]
-    results_path: Path
-    results: dict
+    format: str
+    int8: bool
+    batch_size: int
+    device: str
+    measure_seconds: float
+    output_dir: Path
+    results_dir: Path
 
 
-def export(
-    source: Source,
-    form: str,
-    int8: bool,
-    batch_size: int,
-    device: str,
-    measure_seconds: float,
-    output: Path,
-    results: Path,
-) -> Deployment:
-    """Build the files for one image and for a batch, prove that they agree, measure them and write their results.
+def export(source: Source, options: Options) -> tuple[dict, Path]:
+    """Build the files for one image and for a batch, prove that they agree, and measure them -> their results, and where.
 
-    Files go to the folder `output`, results to the folder `results`. Raises ExperimentError where something cannot be done,
-    and Disagrees, with no file kept, where a file does not agree with Keras.
+    Raises ExperimentError where something cannot be done, and Disagrees, with no file kept, where a file does not agree with
+    Keras.
     """
+    output, form, int8 = options.output_dir, options.format, options.int8
     require_writable_folder(output, "--output-dir")
-    require_writable_folder(results, "--results-dir")
-    batch_sizes = sorted({1, batch_size})
+    require_writable_folder(options.results_dir, "--results-dir")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as scratch:
         folder = Path(scratch)
-        names = {size: file_name(source.path.stem, form, int8, size) for size in batch_sizes}
+        names = {size: file_name(source.path.stem, form, int8, size) for size in sorted({1, options.batch_size})}
         request = {
             "results": source.results,
             "weights": str(source.weights),
@@ -75,9 +70,9 @@ def export(
             "int8": int8,
             "files": [(size, str(folder / name)) for size, name in names.items()],
             "folder": scratch,
-            "device": device,
-            "tf32": device == "gpu" and source.what["tf32"],
-            "measure_seconds": measure_seconds,
+            "device": options.device,
+            "tf32": options.device == "gpu" and source.what["tf32"],
+            "measure_seconds": options.measure_seconds,
         }
         (folder / "request.json").write_text(json.dumps(request))
         print(f"building {' and '.join(names.values())}", flush=True)
@@ -93,14 +88,14 @@ def export(
                 raise Disagrees(f"{name} is not kept: {problem}")
             path = {"path": str(output / name), "bytes": _bytes(folder / name), "batch_size": size}
             files.append({**path, "parity": found})
-        print(f"measuring, for up to {measure_seconds:g} s (--measure-seconds)", flush=True)
+        print(f"measuring, for up to {options.measure_seconds:g} s (--measure-seconds)", flush=True)
         measured = _process("run.py", folder, "measure")
         document = results_of(source, request, built, measured, files, np.load(folder / "logits.1.npy"), labels)
         for name in names.values():
             _put_in_place(folder / name, output / name)
-    path = write_results(results, document)
-    require(path is not None, f"the results could not be written to {results}; the files are in {output}")
-    return Deployment([output / name for name in names.values()], path, document)
+    path = write_results(options.results_dir, document)
+    require(path is not None, f"the results could not be written to {options.results_dir}; the files are in {output}")
+    return document, path
 
 
 def _process(script: str, folder: Path, task: str = "") -> dict:

@@ -106,3 +106,24 @@ def results_of(
         },
         "missing": missing,
     }
+
+
+def describe(results: dict) -> str:
+    """What was written and found, in a few lines."""
+    lines = []
+    for file in results["what"]["deployed"]["files"]:
+        found = file["parity"]
+        lines += [
+            f"{file['path']}: {file['bytes'] / 1e6:,.2f} MB, takes {file['batch_size']} at a time",
+            f"  against Keras on {found['images']:,} test images: logits differ by up to "
+            f"{found['largest_logit_difference']:.2g} (largest {found['largest_logit']:.3g}), top-1 agrees on "
+            f"{found['top_1_agreement']:.2%}, accuracy {found['accuracy']:.2%} (Keras {found['keras_accuracy']:.2%})",
+        ]
+    latency, rate = results["time"]["latency_ms"], results["time"]["inference_images_per_s"]
+    percentiles = ", ".join(
+        f"{name} {latency[name]:.3g}" for name in ("p50", "p90", "p99") if latency[name] is not None
+    )
+    throughput = f"; {rate:,.0f} images/s in batches" if rate else ""
+    memory = results["memory"]["inference_peak_rss_bytes"] / 2**20
+    lines.append(f"one image: {percentiles} ms (n = {latency['n']}){throughput}; peak memory {memory:,.0f} MiB")
+    return "\n".join([*lines, *results["load"]["problems"]])

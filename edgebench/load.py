@@ -187,7 +187,7 @@ class LoadMeter:
         reasons["backend_threads"] = "the backend does not tell"
         reasons["over_current_events"] = "only a Jetson has these counters"
         if seconds < MIN_SECONDS:
-            reasons["others_cpu_cores"] = f"the epochs that count took less than {MIN_SECONDS:g} s"
+            reasons["others_cpu_cores"] = f"what counts took less than {MIN_SECONDS:g} s"
         if not spans:
             counts = set(found) - {"backend_threads"}
             reasons |= dict.fromkeys(counts, "no epoch was measured but those that compile")

@@ -39,7 +39,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argparse parser that reports wrong input in one line, without the usage."""
 
     def error(self, message: str):
-        hint = "; flags for vit.py come after --" if message.startswith("unrecognized arguments") else ""
+        takes_flags = self.prog == "benchmark.py" and message.startswith("unrecognized arguments")
+        hint = "; flags for vit.py come after --" if takes_flags else ""
         raise ExperimentError(f"{message}{hint} (see --help)")
 
 

@@ -166,9 +166,10 @@ class Figures:
 
 
 def names_with(metric: Metric, names: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
-    """Return the names that can have a metric: a deployed file has none of the training."""
-    without = {"training": True, "file": False}.get(metric.of)  # whether those that lack it are deployed
-    return {name: runs for name, runs in names.items() if runs[0].is_deployed is not without}
+    """Return the names that can have a metric: a deployed file has none of the training, and it alone has a size."""
+    if metric.of == "inference":
+        return dict(names)
+    return {name: runs for name, runs in names.items() if runs[0].is_deployed == (metric.of == "file")}
 
 
 def runs_for(metric: Metric, runs: Sequence[Run]) -> list[Run]:
