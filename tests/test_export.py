@@ -146,8 +146,9 @@ def test_the_other_formats_agree_with_keras(form, suffix, int8, trained):
 
 @pytest.mark.slow
 @needs_onnx
-def test_a_file_that_does_not_agree_is_not_kept_and_the_exit_status_says_so(trained, monkeypatch, capsys):
+def test_a_file_that_does_not_agree_is_not_kept_and_the_exit_status_says_so(trained, monkeypatch, capsys, tmp_path):
     path = trained()
+    monkeypatch.chdir(tmp_path)  # the path of the weights is relative
     monkeypatch.setattr(parity, "TOLERANCE", 0)
     with pytest.raises(SystemExit) as stop:
         export.main([str(path), "--format", "onnx", "--batch", "1"])
