@@ -1,8 +1,9 @@
 """Measure inference: predict of every backend beside the files that export.py writes, for a small model and the default one.
 
-    python tests/measure_deployment.py IMAGES.npz OUT --repeats 4    # an hour and a half on two cores
+    python tests/measure_deployment.py IMAGES.npz OUT --repeats 4    # about an hour and a half on two cores
     python tests/measure_deployment.py IMAGES.npz OUT --repeats 1 --models small --seconds 5
 
+IMAGES.npz should be small, as 480 training and 500 test images of CIFAR-100: every file predicts the test images one by one.
 Round k trains every backend with seed k for one epoch on IMAGES.npz, which decides the accuracy and not the speed, and
 exports the weights of each to ONNX, those of the first backend to every other format as well. The report of OUT/MODEL has
 the table; it marks the runs that something else disturbed.
