@@ -12,7 +12,7 @@ import keras
 
 from edgebench import console
 from edgebench.callbacks import StopSignals
-from edgebench.cli import ExperimentError, Interrupted, one_line, warn
+from edgebench.cli import ExperimentError, Interrupted, one_line
 from edgebench.compile_cache import CompileCache
 from edgebench.costs import peak_flops
 from edgebench.device import Device, backend_threads
