@@ -76,6 +76,7 @@ def require_parity(results: dict, source: dict, difference: float) -> None:
     assert results["quality"]["test"] == pytest.approx(source["quality"]["test"], abs=1e-4)
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_an_onnx_file_agrees_with_keras_and_runs_where_there_is_none(trained, digits, tmp_path):
     """Weights that JAX trained. Two files, for one image and for the batch of the run; every figure of inference."""
