@@ -41,6 +41,7 @@ OUT_OF_MEMORY = re.compile(  # as each backend says it
     "|ynnpack operation failed",  # JAX on a CPU, whose YNNPACK gives no reason
     re.IGNORECASE,
 )
+RESERVE_BYTES = 64 << 20  # kept back for what follows an error about memory
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,15 @@ def backend_threads() -> int | None:
         return torch.get_num_threads()
     if BACKEND == "tensorflow":  # by default one for every core that the process may use
         return tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
-    threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
-    return sum("XLAEigen" in name for name in threads) or None  # JAX does not tell the size of XLA's pool
+    names = (_thread_name(thread) for thread in Path("/proc/self/task").iterdir())
+    return sum("XLAEigen" in name for name in names) or None  # JAX does not tell the size of XLA's pool
+
+
+def _thread_name(thread: Path) -> str:
+    try:
+        return (thread / "comm").read_text()
+    except OSError:  # it has ended since the folder was listed
+        return ""
 
 
 def prepare(wanted: str, seed: int, dtype_policy: str, tf32: bool) -> Device:
@@ -171,9 +179,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def out_of_memory_as(message: str) -> Iterator[None]:
     """Raise OutOfMemory with `message` in place of a backend's own error about memory."""
+    reserve = bytes(RESERVE_BYTES)  # zeros that are never touched: this takes address space, and no memory
     try:
         yield
     except Exception as error:
+        del reserve  # the results are written next, and a backend may have taken all that there was
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"{message} ({one_line(error)[:200]})") from error

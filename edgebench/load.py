@@ -36,10 +36,10 @@ def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int:
 
 
 def _attempt(read: Callable, *arguments):
-    """What `read` returns, or None where it cannot be read: a container may lack any of these files."""
+    """What `read` returns, or None where it cannot be read: a container may lack any of these files, a full host the memory."""
     try:
         return read(*arguments)
-    except (OSError, ValueError, IndexError, statistics.StatisticsError):
+    except (OSError, ValueError, IndexError, MemoryError, statistics.StatisticsError):
         return None
 
 

@@ -292,11 +292,13 @@ def test_a_run_that_diverges_at_once_leaves_its_results_and_no_weights(more, mes
 LARGE = "--image-size 64 --patch-size 2 --projection-dim 8 --transformer-layers 1 --mlp-head-units 8 --batch-size 128"
 # TensorFlow reserves 2.6 GiB before it starts its last threads, and ends the process where a thread is refused.
 HEADROOM_BYTES = {"jax": 2 << 30, "torch": 2 << 30, "tensorflow": 7 << 29}
+# Without it, every thread that waits for another's memory reserves 64 MiB: on a busy machine the small requests fail.
+FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
 
 
 def run_limited(start_vit, backend: str, *flags: str) -> Run:
     """Run with no more than HEADROOM_BYTES of memory beyond what the process has once its model is built."""
-    process = start_vit(*flags, "--keras-backend", backend)
+    process = start_vit(*flags, "--keras-backend", backend, environment=FEW_ARENAS)
     wait_for_line(process, "model: ")
     reserved = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(process.pid, resource.RLIMIT_AS, (reserved + HEADROOM_BYTES[backend],) * 2)
