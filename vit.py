@@ -250,6 +250,7 @@ with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_p
     from edgebench import console, costs, data_checks, datasets, device, energy, measure, resume, timing, tracking
     from edgebench.callbacks import EpochSeeds, FiniteLoss, ReturnFreedMemory, StopSignals
     from edgebench.compile_cache import CompileCache
+    from edgebench.latency import merge
     from edgebench.layers import Attention, Dropout, random_uniform
     from edgebench.load import LoadMeter, peak_rss_bytes
     from edgebench.results import how_it_runs, recording, start_results, training_sections
@@ -609,9 +610,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             results["what"]["num_parameters"] = parameters = sum(math.prod(w.shape) for w in model.trainable_weights)
             shape = images, config.num_heads, config.num_patches, config.projection_dim  # of attention's queries
             results["what"] |= how_it_runs(model, shape, config.attention_dropout, cache)
-            print(f"model: {parameters:,} trainable parameters, {config.num_patches} patches")
-            if rest := config.image_size % config.patch_size:
-                print(f"note: --patch-size does not divide --image-size: the last {rest} rows and columns are cut off")
+            console.print_model(parameters, config.num_patches, config.image_size % config.patch_size)
 
             # Measure; the weights are afterwards as before
             sensors = machine.is_gpu, machine.gpu_id, progress.energy_spans, first_epoch
@@ -645,7 +644,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             if wandb_run:
                 tracking.describe(wandb_run, results["what"])
                 own_callbacks.append(CustomWandbCallback(wandb_run, len(data.x_train), timer, meters))
-            lines = console.epoch_lines(len(data.x_train), timer)
+            lines = console.epoch_lines(len(data.x_train), timer, batches)
             try:
                 model.fit(
                     batches,
@@ -664,7 +663,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 count = len(data.x_train)
                 training = training_sections(log.epochs, count, compiling_epochs, results["what"], meters, load_meter)
                 waiting = measure.to_first_epoch(log.epochs, None if first_epoch else ready_s, measured)
-                for section, figures in measure.merge(measured, training, waiting).items():
+                for section, figures in merge(measured, training, waiting).items():
                     results[section] = results.get(section, {}) | figures
                 results["memory"]["train_peak_device_bytes"] = device.find_device().peak_memory_bytes
                 results["what"] |= how_it_runs(model, shape, config.attention_dropout, cache)  # torch compiles late

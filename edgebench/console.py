@@ -3,14 +3,16 @@
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import keras
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from edgebench.cli import flag
+from edgebench.datasets import ShuffledBatches
 from edgebench.energy import UNAVAILABLE
 from edgebench.streams import SteadyStream
 from edgebench.timing import EpochTimer
@@ -33,6 +35,13 @@ def print_start(versions: dict[str, str | None], device: str, config: dict, defa
     same = [f"{name} {_as_text(value)}" for name, value in config.items() if value == defaults[name]]
     _print_paragraph("changed", " ".join(changed) or "nothing", "bold")
     _print_paragraph("default", ", ".join(same), "dim")
+
+
+def print_model(parameters: int, patches: int, rest: int) -> None:
+    """Print the size of the model; `rest` is the number of rows and of columns that no patch covers."""
+    print(f"model: {parameters:,} trainable parameters, {patches} patches")
+    if rest:
+        print(f"note: --patch-size does not divide --image-size: the last {rest} rows and columns are cut off")
 
 
 def _as_flag(name: str, value) -> str:
@@ -69,31 +78,31 @@ class EpochLines(keras.callbacks.Callback):
 
 
 class EpochBar(EpochLines):
-    """Shows a bar with images/s and the time left as well. It writes past W&B's copy of the console, where each of its
-    states would be a line of its own. Without `logs` nothing waits for the device."""
+    """Shows a bar with images/s and the time left as well, as the `batches` are handed to the backend.
 
-    async_safe = True  # so that Keras does not wait for each step
+    Its own thread looks at them twice a second: with `on_train_batch_end`, the bar of Keras and a first one of ours, small
+    steps took longer on a terminal than in a pipe. It writes past W&B's copy of the console, where each of its states would
+    be a line of its own.
+    """
 
-    def __init__(self, images: int, timer: EpochTimer):
+    def __init__(self, images: int, timer: EpochTimer, batches: ShuffledBatches):
         super().__init__(images, timer)
-        text = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]:>7,.0f} images/s")
-        terminal = Console(file=SteadyStream(sys.__stdout__))
-        left = TimeRemainingColumn(), TextColumn("left")
-        options = {"console": terminal, "transient": True, "refresh_per_second": 4}
-        self._bar = Progress(*text, *left, **options, redirect_stdout=False, redirect_stderr=False)
-        self._task = None
+        self._bar, self._batches, self._task = _Bar(self._look), batches, None
 
     def on_epoch_begin(self, epoch, logs=None):
-        epochs, steps = self.params["epochs"], self.params["steps"]
+        epochs, self._began = self.params["epochs"], time.perf_counter()
         if self._task is None:
-            self._task = self._bar.add_task("", total=(epochs - epoch) * steps, rate=0)
+            self._first_epoch = epoch
+            self._task = self._bar.add_task("", total=(epochs - epoch) * len(self._batches), rate=0)
+        self._done = (epoch - self._first_epoch) * len(self._batches)
         self._bar.update(self._task, description=f"Epoch {epoch + 1}/{epochs}")
         self._bar.start()
-        self._began = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None):
-        images = self.images * (batch + 1) / self.params["steps"]
-        self._bar.update(self._task, advance=1, rate=images / (time.perf_counter() - self._began))
+    def _look(self) -> None:
+        if self._task is not None:
+            taken, seconds = self._batches.taken, time.perf_counter() - self._began
+            rate = self.images * taken / len(self._batches) / seconds
+            self._bar.update(self._task, completed=self._done + taken, rate=rate)
 
     def on_epoch_end(self, epoch, logs=None):
         self._bar.stop()
@@ -103,9 +112,24 @@ class EpochBar(EpochLines):
         self._bar.stop()
 
 
-def epoch_lines(images: int, timer: EpochTimer) -> EpochLines:
+class _Bar(Progress):
+    """A bar that calls `look` before it is drawn."""
+
+    def __init__(self, look: Callable[[], None]):
+        text = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]:>7,.0f} images/s")
+        left, terminal = (TimeRemainingColumn(), TextColumn("left")), Console(file=SteadyStream(sys.__stdout__))
+        options = {"console": terminal, "transient": True, "refresh_per_second": 2}
+        self._look = look
+        super().__init__(*text, *left, **options, redirect_stdout=False, redirect_stderr=False)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        self._look()
+        return super().get_renderables()
+
+
+def epoch_lines(images: int, timer: EpochTimer, batches: ShuffledBatches) -> EpochLines:
     """A bar on a terminal and a line an epoch; in a log file the line alone."""
-    return (EpochBar if sys.stdout.isatty() else EpochLines)(images, timer)
+    return EpochBar(images, timer, batches) if sys.stdout.isatty() else EpochLines(images, timer)
 
 
 def print_summary(results: dict, path: Path | None, upload: str | None) -> None:
