@@ -19,6 +19,7 @@ from deploy import parity
 from deploy.formats import file_name
 from deploy.record import results_of
 from deploy.source import Source
+from edgebench import process
 from edgebench.cli import ExperimentError, OutOfMemory, require, require_writable_folder
 from edgebench.record import write_results
 
@@ -60,6 +61,7 @@ def export(source: Source, options: Options) -> tuple[dict, Path]:
     output, form, int8 = options.output_dir, options.format, options.int8
     require_writable_folder(output, "--output-dir")
     require_writable_folder(options.results_dir, "--results-dir")
+    environment = process.clear_environment()  # here, so that the processes inherit it and none warns again
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as scratch:
         folder = Path(scratch)
         names = {size: file_name(source.path.stem, form, int8, size) for size in sorted({1, options.batch_size})}
@@ -90,7 +92,8 @@ def export(source: Source, options: Options) -> tuple[dict, Path]:
             files.append({**path, "parity": found})
         print(f"measuring, for up to {options.measure_seconds:g} s (--measure-seconds)", flush=True)
         measured = _process("run.py", folder, "measure")
-        document = results_of(source, request, built, measured, files, np.load(folder / "logits.1.npy"), labels)
+        of_one_image = np.load(folder / "logits.1.npy")
+        document = results_of(source, request, environment, built, measured, files, of_one_image, labels)
         for name in names.values():
             _put_in_place(folder / name, output / name)
     path = write_results(options.results_dir, document)

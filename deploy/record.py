@@ -27,6 +27,7 @@ OF_THE_MODEL = (
 def results_of(
     source: Source,
     request: dict,
+    environment: dict[str, str],
     built: dict,
     measured: dict,
     files: list[dict],
@@ -35,7 +36,8 @@ def results_of(
 ) -> dict:
     """The results of a deployment: `logits` (N, classes) are those of its file for one image, on the test images.
 
-    `built` and `measured` are what the two processes say, `files` the section `what/deployed/files`.
+    `environment` are the variables that the user has set for a backend, `built` and `measured` what the two processes say,
+    `files` the section `what/deployed/files`.
     """
     what, form, is_gpu = source.what, request["format"], request["device"] == "gpu"
     config = what["config"] | {"dtype_policy": "float32", "measure_seconds": request["measure_seconds"]}
@@ -69,7 +71,7 @@ def results_of(
             **machine,
             "backend": FORMATS[form].runtime,
             "versions": {"Python": platform.python_version(), **built["versions"], **measured["package"], "CUDA": None},
-            "environment": measured["environment"],
+            "environment": environment,
             "config": config,
             "dtype_policy": "float32",
             **{name: what[name] for name in OF_THE_MODEL},

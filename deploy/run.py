@@ -85,10 +85,9 @@ def measure(request: dict, folder: Path, threads: int) -> dict:
 def main(task: str, request_path: Path) -> None:
     """Do a task of the request and write what came of it to TASK.json beside it."""
     with cli.errors_in_one_line(program="export.py"):
-        environment = process.clear_environment()
         request, threads = json.loads(request_path.read_text()), cores(os.sched_getaffinity(0))
         answer = {"check": check, "measure": measure}[task](request, request_path.parent, threads)
-        request_path.with_name(f"{task}.json").write_text(json.dumps(answer | {"environment": environment}))
+        request_path.with_name(f"{task}.json").write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

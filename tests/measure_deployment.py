@@ -1,6 +1,6 @@
 """Measure inference: predict of every backend beside the files that export.py writes, for a small model and the default one.
 
-    python tests/measure_deployment.py IMAGES.npz OUT --repeats 4    # about an hour and a half on two cores
+    python tests/measure_deployment.py IMAGES.npz OUT --repeats 4    # with --seconds 8, a quarter of an hour a round on two cores
     python tests/measure_deployment.py IMAGES.npz OUT --repeats 1 --models small --seconds 5
 
 IMAGES.npz should be small, as 480 training and 500 test images of CIFAR-100: every file predicts the test images one by one.
