@@ -37,7 +37,8 @@ def start_results(
 ) -> dict:
     """Print what is known of a run at its start and return it as its first results.
 
-    `packages` are versions by name, `defaults` those of the configuration, `environment` the variables that the user has set for a backend.
+    `packages` are versions by name, `defaults` those of the configuration, `environment` the variables that the user has set
+    for a backend.
     """
     versions = {"Python": platform.python_version(), **packages, "CUDA": device.cuda}
     console.print_start(versions, device.name, config, defaults)

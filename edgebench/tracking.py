@@ -21,8 +21,8 @@ def start_wandb(
     tags: Sequence[str],
     config: dict,
     run_id: str | None,
-    group: str | None = None,
-    job_type: str | None = None,
+    group: str | None,
+    job_type: str | None,
 ):
     """Start a W&B run, or continue the one with this id; return None where W&B cannot even log offline (a full disk).
 

@@ -123,7 +123,7 @@ def start_tracking(tmp_path, monkeypatch):
     def start(run_id: str | None = None, **variables: str):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return tracking.start_wandb("project", None, None, [], {}, run_id)
+        return tracking.start_wandb("project", None, None, [], {}, run_id, group=None, job_type=None)
 
     yield start
     wandb.teardown()  # it reads the environment once
