@@ -87,7 +87,8 @@ class EpochBar(EpochLines):
 
     def __init__(self, images: int, timer: EpochTimer, batches: ShuffledBatches):
         super().__init__(images, timer)
-        self._bar, self._batches, self._task = _Bar(self._look), batches, None
+        self._batches, self._task = batches, None
+        self._bar = _Bar(self._look)  # which looks at once
 
     def on_epoch_begin(self, epoch, logs=None):
         epochs, self._began = self.params["epochs"], time.perf_counter()
@@ -99,10 +100,13 @@ class EpochBar(EpochLines):
         self._bar.start()
 
     def _look(self) -> None:
-        if self._task is not None:
-            taken, seconds = self._batches.taken, time.perf_counter() - self._began
-            rate = self.images * taken / len(self._batches) / seconds
-            self._bar.update(self._task, completed=self._done + taken, rate=rate)
+        taken, total = self._batches.taken, len(self._batches)
+        if self._task is None:
+            return
+        self._bar.update(self._task, completed=self._done + taken)
+        if taken < total:  # afterwards the validation takes its time
+            seconds = time.perf_counter() - self._began
+            self._bar.update(self._task, rate=self.images * taken / total / seconds)
 
     def on_epoch_end(self, epoch, logs=None):
         self._bar.stop()

@@ -1,7 +1,9 @@
 """Promises about W&B: nothing that was logged is lost, nobody is asked for anything, and without W&B it is not imported."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -24,6 +26,27 @@ def records(run: Path) -> list[dict]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_terminal_shows_a_bar_that_the_log_does_not_keep(start_vit, tmp_path):
+    """The bar counts images and goes at the end of an epoch; a line an epoch stays, on the terminal and in W&B's log."""
+    screen, terminal = pty.openpty()
+    process = start_vit(*RUN.split(), stdout=terminal, stderr=terminal, environment={"WANDB_MODE": "offline"})
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the last process that held the terminal has ended
+        while part := os.read(screen, 65536):
+            shown += part
+    os.close(screen)
+    assert process.wait(timeout=60) == 0, shown.decode()
+    text = shown.decode()
+    lines = [line for line in re.split(r"[\r\n]|\x1b\[2K", text) if line.startswith("Epoch ")]
+    bars, kept = [line for line in lines if "━" in line], [line for line in lines if "━" not in line]
+    assert [line.partition(":")[0] for line in kept] == ["Epoch 1/2", "Epoch 2/2"]
+    assert all("images/s" in line and line.rstrip().endswith("left") for line in bars)
+    assert {line.split()[1] for line in bars} == {"1/2", "2/2"}
+    (log,) = tmp_path.glob("wandb/offline-run-*/files/output.log")
+    assert log.read_text().count("Epoch ") == 2 and "━" not in log.read_text()
 
 
 def test_an_offline_run_holds_everything(start_vit, tmp_path):
