@@ -189,6 +189,12 @@ def out_of_memory_as(message: str) -> Iterator[None]:
         raise OutOfMemory(f"{message} ({one_line(error)[:200]})") from error
 
 
+def build_optimizer(model: keras.Model) -> None:
+    """Create the optimizer's variables, unless they are there: LossScaleOptimizer, built again, forgets its scale."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
 def copy_values(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
     """Copy the variables' values: the array that Keras gives may be a view of memory that JAX's next step overwrites."""
     return [np.array(ops.convert_to_numpy(variable.value)) for variable in variables]

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgebench.bare import NOTHING_COMPILED, bare_predict
 from edgebench.datasets import ShuffledBatches
-from edgebench.device import assign_copies, copy_values, find_device
+from edgebench.device import assign_copies, build_optimizer, copy_values, find_device
 from edgebench.energy import Meters, inference_energy
 from edgebench.latency import Sections, compiling, inference, is_enough, merge, percentiles, repeat, timed
 from edgebench.timing import Epoch
@@ -65,7 +65,7 @@ def steps(
     Batches come as in the training, because TensorFlow compiles again for another source of data. The partial batch at
     the end of an epoch is compiled here, too, so that no epoch compiles.
     """
-    model.optimizer.build(model.trainable_variables)
+    build_optimizer(model)
     variables = [*model.variables, *model.optimizer.variables]
     before = copy_values(variables)
     batch_size = min(batch_size, len(x))

@@ -20,7 +20,7 @@ import numpy as np
 import typeguard
 
 from edgebench.cli import ExperimentError, flag, one_line, require, warn
-from edgebench.device import assign_copies, copy_values
+from edgebench.device import assign_copies, build_optimizer, copy_values
 from edgebench.energy import Meters, spans_as_json
 from edgebench.files import replacing
 from edgebench.load import LoadMeter
@@ -145,7 +145,7 @@ def restore(model: keras.Model, progress: Progress, path: Path) -> list[np.ndarr
 
 def _variables(model: keras.Model) -> list[keras.Variable]:
     """All that a training step reads and writes: weights, seeds, the optimizer's state."""
-    model.optimizer.build(model.trainable_variables)
+    build_optimizer(model)
     return [*model.trainable_variables, *model.non_trainable_variables, *model.optimizer.variables]
 
 

@@ -86,8 +86,14 @@ def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, sta
     assert not list(tmp_path.glob(".*.h5")) and not list(tmp_path.glob(".*.npz"))
 
 
-@pytest.mark.parametrize("backend", [n if n == "jax" else pytest.param(n, marks=pytest.mark.slow) for n in INSTALLED])
-def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vit, run_vit, tmp_path):
+@pytest.mark.parametrize(
+    ("backend", "dtype_policy"),
+    [
+        *(pytest.param(n, "float32", marks=[] if n == "jax" else pytest.mark.slow) for n in INSTALLED),
+        pytest.param("jax", "mixed_float16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, dtype_policy, start_vit, run_vit, tmp_path):
     """SIGKILL after two epochs: the same weights bit for bit, the same history, the same test figures.
 
     An epoch ends with small batches that do not fill a whole one. The checkpoint may be removed in between, although no
@@ -97,7 +103,7 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vi
 
     def flags(name: str) -> list[str]:
         run = f"--dataset synthetic --no-use-wandb {TINY} --num-epochs 3 --keras-backend {backend} --resume"
-        run += " --batch-size 96 --gradient-accumulation-steps 3"
+        run += f" --batch-size 96 --gradient-accumulation-steps 3 --dtype-policy {dtype_policy}"
         return [*run.split(), f"--checkpoint-path={paths[name]}", f"--results-dir={paths[name].parent}"]
 
     killed = start_vit(*flags("killed"))
@@ -108,7 +114,7 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, start_vi
     assert whole.status == 0 and "starting anew" in whole.stdout, whole
     assert len(list(paths["killed"].parent.glob("a.*.resume.npz"))) == 1
 
-    if backend == INSTALLED[0]:
+    if (backend, dtype_policy) == (INSTALLED[0], "float32"):
         refused = run_vit(*flags("killed"), "--learning-rate", "0.002")
         assert "has --learning-rate 0.001 (not 0.002)" in refused.error_line
         assert "2 epochs are done" in run_vit(*flags("killed"), "--num-epochs", "1").error_line
