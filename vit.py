@@ -7,7 +7,7 @@
 
 The model, its defaults and its augmentation are those of the keras.io example "Image classification with
 Vision Transformer" (Khalid Salama, 2021, https://keras.io/examples/vision/image_classification_with_vision_transformer/),
-in its first version, which reports 55.1 % top-1 and 81.9 % top-5 on CIFAR-100 after 100 epochs.
+in its first version, which reports 55.1 % top-1 and 81.9 % top-5 on CIFAR-100 after 100 epochs. --recipe modern has others.
 
 The file reads in the order of the run. Every choice that changes what is learned is made here; edgebench/ measures, protects
 and records it. results.schema.json explains every figure.
@@ -24,40 +24,29 @@ import os
 import platform
 import sys
 import time
-import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from edgebench import cli, process, streams
+from edgebench import cli, process, settings, streams
 from edgebench.cli import BACKENDS, require
-from edgebench.files import WeightsFile, require_replaceable
+from edgebench.files import WeightsFile
 
 # ------------ Configuration: the fields are the flags, their docstrings the help ------------
 
-DATASETS = ("cifar100", "cifar10", "synthetic")
-# What a run that is resumed may change: how long it trains and measures, on which device, and where its files and records go.
-MAY_CHANGE_ON_RESUME = (
-    *("num_epochs", "resume", "debug", "measure_seconds", "compile_cache", "device", "checkpoint_path", "results_dir"),
-    *("node_name", "verbose", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags"),
-    *("wandb_group", "wandb_job_type", "wandb_artifact"),
-)
-POSITIVE = (
-    *("image_size", "patch_size", "projection_dim", "num_heads", "transformer_layers", "transformer_units"),
-    *("mlp_head_units", "batch_size", "gradient_accumulation_steps", "num_epochs"),
-)
-# Of --help, by the first flag below each.
-HEADINGS = {"image_size": "model", "learning_rate": "training", "keras_backend": "device"}
-HEADINGS |= {"measure_seconds": "measuring", "dataset": "data and files", "use_wandb": "Weights and Biases"}
-INTERVALS = {  # [low, high)
-    "attention_dropout": (0, 1, "lie in [0, 1)"),
-    "validation_split": (0, 1, "lie in [0, 1)"),
-    "learning_rate": (sys.float_info.min, math.inf, "be positive and finite"),
-    "weight_decay": (0, math.inf, "be finite and not negative"),
-    "measure_seconds": (0, math.inf, "be finite and not negative"),
-    "seed": (0, 2**32, "lie in [0, 2**32)"),
+RECIPES = {
+    "published": {},  # the keras.io example: the defaults below
+    "modern": {
+        **{"image_size": 32, "patch_size": 4, "projection_dim": 128, "transformer_layers": 9, "head": "mean"},
+        **{"mlp_head_units": [], "attention_dropout": 0.0, "stochastic_depth": 0.1, "num_epochs": 100},
+        **{"learning_rate_schedule": "cosine", "warmup_epochs": 5.0, "weight_decay": 0.05, "label_smoothing": 0.1},
+        **{"ema": 0.999, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "rand_augment": 5.0},
+    },
 }
+# Of --help, by the first flag below each.
+HEADINGS = {"image_size": "model", "recipe": "training", "keras_backend": "device"}
+HEADINGS |= {"measure_seconds": "measuring", "dataset": "data and files", "use_wandb": "Weights and Biases"}
 
 
 @dataclass
@@ -76,13 +65,24 @@ class ViTConfig:
     """Number of transformer blocks."""
     transformer_units: list[int] = field(default_factory=list)
     """Widths of the MLP in each block; the last one equals projection_dim. Empty: 2 * projection_dim, projection_dim."""
+    head: Literal["flatten", "mean"] = "flatten"
+    """What the classifier sees: all tokens one after the other, with a dropout of 0.5, or their mean."""
     mlp_head_units: list[int] = field(default_factory=lambda: [2048, 1024])
-    """Widths of the hidden layers of the classifier head."""
+    """Widths of the hidden layers of the classifier head; none: `--mlp-head-units` without a number."""
     attention_dropout: float = 0.1
     """Share of the attention weights dropped in training. Above 0, JAX and TensorFlow cannot use their fused attention."""
 
+    stochastic_depth: float = 0.0
+    """Share of the images for which a residual branch of the last block is left out in training; it falls to 0 at the first."""
+
+    recipe: Literal["published", "modern"] = "published"
+    """Defaults of the other flags: published for the keras.io example, modern for RECIPES["modern"] (docs/training.md)."""
     learning_rate: float = 0.001
-    """AdamW's learning rate, constant over the run."""
+    """AdamW's learning rate; with a schedule the highest one."""
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: rises over warmup_epochs, then falls to 0 at the end of the run."""
+    warmup_epochs: float = 0.0
+    """Epochs in which the cosine schedule rises from 0 to learning_rate."""
     weight_decay: float = 0.0001
     """AdamW's decoupled weight decay."""
     batch_size: int = 256
@@ -92,6 +92,18 @@ class ViTConfig:
     Parts left over at the end of an epoch, too few for a batch, go into the first step of the next epoch."""
     num_epochs: int = 10
     """Passes over the training images."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread evenly over all classes."""
+    ema: float = 0.0
+    """Momentum, a step, of the moving average of the weights that is evaluated and kept; 0 for none."""
+    mixup: float = 0.0
+    """Alpha of Mixup, which blends two images and their labels; 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, which puts a part of one image into another; 0 for none. With mixup a coin decides."""
+    random_erasing: float = 0.0
+    """Share of the images that lose a random rectangle."""
+    rand_augment: float = 0.0
+    """Magnitude, up to 10, of RandAugment's changes of colour; 0 for none."""
     augmentation: Literal["fused", "stock"] = "fused"
     """fused: flip, rotation, zoom and resizing in one gather; stock: Keras' own layers, the same geometry, slower."""
     validation_split: float = 0.1
@@ -165,43 +177,14 @@ class ViTConfig:
         """Images that go through the model at a time."""
         return self.batch_size // self.gradient_accumulation_steps
 
+    @property
+    def has_soft_labels(self) -> bool:
+        """Whether an image in training may belong to several classes."""
+        return max(self.label_smoothing, self.mixup, self.cutmix) > 0
+
     def as_json(self) -> dict:
         """The configuration in types that JSON has."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-
-    def check(self) -> None:
-        """Raise ExperimentError for the first value that cannot work, without importing Keras or loading data."""
-        for name in POSITIVE:
-            value = getattr(self, name)
-            sizes = value if isinstance(value, list) else [value]
-            require(all(size > 0 for size in sizes), f"{cli.flag(name)} must be positive, not {value}")
-            require(all(size < 2**31 for size in sizes), f"{cli.flag(name)} must be below 2**31, not {value}")
-        for name, (low, high, text) in INTERVALS.items():
-            value = getattr(self, name)
-            require(low <= value < high, f"{cli.flag(name)} must {text}, not {value}")
-        patch, image, batch, parts = self.patch_size, self.image_size, self.batch_size, self.gradient_accumulation_steps
-        require(patch <= image, f"--patch-size {patch} is larger than --image-size {image}")
-        require(batch % parts == 0, f"--gradient-accumulation-steps {parts} does not divide --batch-size {batch}")
-        width, last = self.projection_dim, self.transformer_units[-1]
-        reason = "as a block adds its output to its input"
-        require(width == last, f"--transformer-units must end in --projection-dim {width}, {reason}, not in {last}")
-        # tyro does not check a default, which may come from VIT_DEVICE.
-        require(self.device in ("auto", "gpu", "cpu"), f"VIT_DEVICE must be auto, gpu or cpu, not {self.device!r}")
-        if self.dataset not in DATASETS:
-            known = f"{', '.join(DATASETS)} or the path of an .npz file"
-            require(self.dataset.endswith(".npz"), f"--dataset must be {known}, not {self.dataset!r}")
-            require(os.path.isfile(self.dataset), f"--dataset {self.dataset!r}: there is no such file")
-        backend = self.keras_backend
-        install = f"pip install -c constraints.txt {backend}"
-        require(cli.is_installed(backend), f"the backend {backend} is not installed: {install}")
-        has_wandb = not self.use_wandb or cli.is_installed("wandb")
-        require(has_wandb, "W&B is not installed: pip install wandb, or run with --no-use-wandb")
-        for name, text in (("node_name", self.node_name), *(("wandb_tags", tag) for tag in self.wandb_tags)):
-            require(1 <= len(text) <= 64, f"{cli.flag(name)} must have 1 to 64 characters, not {len(text)}")
-        path = self.checkpoint_path
-        require(path.name.endswith(".weights.h5"), f"--checkpoint-path must end in .weights.h5, not {str(path)!r}")
-        require_replaceable(path, "--checkpoint-path")
-        cli.require_writable_folder(self.results_dir, "--results-dir")
 
 
 # ------------ Backend ------------
@@ -213,14 +196,14 @@ def read_config(argv: Sequence[str]) -> ViTConfig:
     `.env` never overrides the environment, and KERAS_BACKEND wins over the flag. Raises ExperimentError for a wrong value.
     """
     cli.read_env_file(Path(".env"))
-    config = cli.parse(ViTConfig, argv, "\n\n".join(__doc__.split("\n\n")[:2]), HEADINGS)
+    config = cli.parse(ViTConfig, argv, "\n\n".join(__doc__.split("\n\n")[:2]), HEADINGS, {"recipe": RECIPES})
     variable, flag, known = cli.setting("KERAS_BACKEND").lower(), config.keras_backend, ", ".join(BACKENDS)
     require(variable in ("", *BACKENDS), f"KERAS_BACKEND must be one of {known}, not {variable!r}")
     require(flag in BACKENDS, f"--keras-backend must be one of {known}, not {flag!r}")
     if (backend := variable or flag) != config.keras_backend:
         cli.warn(f"KERAS_BACKEND={backend} wins over --keras-backend {config.keras_backend}")
     config = replace(config, keras_backend=backend)
-    config.check()
+    settings.check(config)
     return config
 
 
@@ -248,11 +231,13 @@ with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_p
     from keras import layers, ops
 
     from edgebench import console, costs, data_checks, datasets, device, energy, measure, resume, timing, tracking
+    from edgebench.averages import AverageInValidation, averaged_weights
     from edgebench.callbacks import EpochSeeds, FiniteLoss, ReturnFreedMemory, StopSignals
     from edgebench.compile_cache import CompileCache
     from edgebench.latency import merge
-    from edgebench.layers import Attention, Dropout, random_uniform
+    from edgebench.layers import Attention, Dropout, StochasticDepth, random_uniform
     from edgebench.load import LoadMeter, peak_rss_bytes
+    from edgebench.mixing import mixed_batches, one_hot
     from edgebench.results import how_it_runs, recording, start_results, training_sections
     from edgebench.torch_graphs import FusedAdamW, with_graphs
 
@@ -452,6 +437,11 @@ def mlp(x, hidden_units: Sequence[int], dropout_rate: float):
     return x
 
 
+def residual(tokens, branch, rate: float):
+    """The sum of tokens and branch, which is left out for a share `rate` of the images in training."""
+    return layers.Add()([StochasticDepth(rate)(branch) if rate else branch, tokens])
+
+
 def create_vit_classifier(
     config: ViTConfig, image_shape: tuple[int, int, int], num_classes: int, data_augmentation: keras.Sequential
 ) -> keras.Model:
@@ -459,14 +449,17 @@ def create_vit_classifier(
     inputs = keras.Input(shape=image_shape)
     tokens = Patches(config.patch_size)(data_augmentation(inputs))
     tokens = PatchEncoder(config.num_patches, config.projection_dim)(tokens)
-    for _ in range(config.transformer_layers):
+    for rate in np.linspace(0, config.stochastic_depth, config.transformer_layers).tolist():
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
         attention = Attention(config.num_heads, key_dim=config.projection_dim, dropout=config.attention_dropout)
-        tokens = layers.Add()([attention(normed, normed), tokens])
+        tokens = residual(tokens, attention(normed, normed), rate)
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
-        tokens = layers.Add()([mlp(normed, config.transformer_units, BLOCK_DROPOUT), tokens])
+        tokens = residual(tokens, mlp(normed, config.transformer_units, BLOCK_DROPOUT), rate)
     features = layers.LayerNormalization(epsilon=1e-6)(tokens)
-    features = Dropout(HEAD_DROPOUT)(layers.Flatten()(features))
+    if config.head == "mean":
+        features = layers.GlobalAveragePooling1D()(features)
+    else:
+        features = Dropout(HEAD_DROPOUT)(layers.Flatten()(features))
     features = mlp(features, config.mlp_head_units, HEAD_DROPOUT)
     logits = layers.Dense(num_classes, dtype="float32")(features)  # the softmax of the loss needs the precision
     return keras.Model(inputs, logits, name="vit")
@@ -490,10 +483,11 @@ class BestWeights(keras.callbacks.Callback):
         accuracy = (logs or {}).get("val_accuracy")
         if accuracy is not None and accuracy <= self.accuracy:
             return
-        self.epoch, self.weights = epoch + 1, device.copy_values(self.model.weights)
         if accuracy is not None:
             self.accuracy = accuracy
-        self.file.write(self.model)
+        with averaged_weights(self.model):  # as the validation saw them
+            self.epoch, self.weights = epoch + 1, device.copy_values(self.model.weights)
+            self.file.write(self.model)
 
 
 class CustomWandbCallback(keras.callbacks.Callback):
@@ -518,19 +512,6 @@ class CustomWandbCallback(keras.callbacks.Callback):
 # ------------ Experiment ------------
 
 
-def vit_size(config: ViTConfig, channels: int, num_classes: int) -> costs.ViTSize:
-    """The sizes that decide what the model costs."""
-    names = {field.name for field in fields(costs.ViTSize)} - {"channels", "num_classes"}
-    return costs.ViTSize(channels, num_classes, **{name: getattr(config, name) for name in names})
-
-
-def identity(config: ViTConfig, data: Dataset) -> dict:
-    """All that decides what is learned: it has to be the same for an interrupted run to be resumed."""
-    data_checksum = zlib.crc32(data.y_train, zlib.crc32(np.ascontiguousarray(data.x_train)))
-    flags = {name: value for name, value in config.as_json().items() if name not in MAY_CHANGE_ON_RESUME}
-    return flags | {"data": data_checksum}
-
-
 def start_tracking(config: ViTConfig, machine: device.Device, run_id: str | None):
     """A W&B run, the one with this id if it is given; None without W&B."""
     if not config.use_wandb:
@@ -543,22 +524,35 @@ def start_tracking(config: ViTConfig, machine: device.Device, run_id: str | None
     return tracking.start_wandb(*names, flags, run_id, config.wandb_group or node, config.wandb_job_type)
 
 
-def compile_model(model: keras.Model, config: ViTConfig, num_classes: int) -> None:
+def learning_rate(config: ViTConfig, steps_per_epoch: int) -> float | keras.optimizers.schedules.LearningRateSchedule:
+    """The learning rate, as Keras' optimizers take it; each part of an accumulated batch counts as a step."""
+    peak, warmup = config.learning_rate, int(config.warmup_epochs * steps_per_epoch)
+    if config.learning_rate_schedule == "constant":
+        return peak
+    decay = config.num_epochs * steps_per_epoch - warmup
+    return keras.optimizers.schedules.CosineDecay(0.0, decay, warmup_target=peak, warmup_steps=warmup)
+
+
+def compile_model(model: keras.Model, config: ViTConfig, num_classes: int, steps_per_epoch: int) -> None:
     """Give the model AdamW, the loss and the metrics."""
     is_torch = keras.backend.backend() == "torch"
     adamw = FusedAdamW if is_torch else keras.optimizers.AdamW  # Keras' own takes five times as long on torch
-    parts = config.gradient_accumulation_steps
+    parts, top = config.gradient_accumulation_steps, min(5, num_classes)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    accuracies = keras.metrics.SparseCategoricalAccuracy, keras.metrics.SparseTopKCategoricalAccuracy
+    if config.has_soft_labels:
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+        accuracies = keras.metrics.CategoricalAccuracy, keras.metrics.TopKCategoricalAccuracy
     model.compile(
         optimizer=adamw(
-            learning_rate=config.learning_rate,  # a schedule over num_epochs takes that out of MAY_CHANGE_ON_RESUME
+            learning_rate=learning_rate(config, steps_per_epoch),
             weight_decay=config.weight_decay,
             gradient_accumulation_steps=parts if parts > 1 else None,
+            use_ema=config.ema > 0,
+            ema_momentum=config.ema ** (1 / parts),  # Keras averages after every part
         ),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[
-            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-            keras.metrics.SparseTopKCategoricalAccuracy(min(5, num_classes), name="top-5-accuracy"),
-        ],
+        loss=loss,
+        metrics=[accuracies[0](name="accuracy"), accuracies[1](top, name="top-5-accuracy")],
         jit_compile=False if is_torch else {"auto": "auto", "on": True, "off": False}[config.jit],
     )
 
@@ -582,10 +576,13 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
     began = time.perf_counter()
     data = load_dataset(config.dataset, config.validation_split, config.seed)
     results["time"]["load_s"] = time.perf_counter() - began
-    size = vit_size(config, data.image_shape[2], data.num_classes)
+    size = costs.vit_size(flags, data.image_shape[2], data.num_classes)
     costs.require_memory(size, machine.memory_bytes)
     results["what"] |= data.describe() | {"train_flops_per_image": size.train_flops_per_image}
-    run_identity = identity(config, data)
+    run_identity = resume.identity(flags, data.x_train, data.y_train)
+    if config.has_soft_labels:
+        data = replace(data, **{y: one_hot(getattr(data, y), data.num_classes) for y in ("y_train", "y_val", "y_test")})
+    make_batches = mixed_batches(flags, data.x_train.dtype)
     resume_path = resume.path_of(config.checkpoint_path, run_identity)
     progress = resume.read(resume_path, run_identity, config.num_epochs) if config.resume else resume.Progress()
     first_epoch, images = len(progress.epochs), config.micro_batch_size
@@ -604,7 +601,8 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             model = create_vit_classifier(config, data.image_shape, data.num_classes, augmentation)
             if backend == "torch" and (config.jit == "on" or (config.jit == "auto" and machine.is_gpu)):
                 model = with_graphs(model, batch_sizes={images, 1})  # 1: for the latency
-            compile_model(model, config, data.num_classes)
+            batches = make_batches(data.x_train, data.y_train, images)
+            compile_model(model, config, data.num_classes, len(batches))
             results["time"]["build_s"] = build_s = time.perf_counter() - began
             ready_s = process.age_s()
             results["what"]["num_parameters"] = parameters = sum(math.prod(w.shape) for w in model.trainable_weights)
@@ -621,7 +619,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 arrays = data.x_train, data.y_train, data.x_test, data.y_test
                 parts = config.gradient_accumulation_steps
                 sections = measure.before_training(
-                    model, *arrays, images, parts, budget_s, meters, signals.raise_if_received
+                    model, make_batches, *arrays, images, parts, budget_s, meters, signals.raise_if_received
                 )
                 measured = measure.finish(sections, build_s, ready_s)
             else:
@@ -631,12 +629,12 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             load_meter = LoadMeter(machine.is_gpu, machine.gpu_id, progress.load_spans, first_epoch)
             timer = timing.EpochTimer([*energy.running(meters), load_meter], progress.epochs)
             log = timing.EpochLog(timer, progress.epochs)
-            batches = datasets.ShuffledBatches(data.x_train, data.y_train, images)
             best_weights = resume.restore(model, progress, resume_path)
             best = BestWeights(config.checkpoint_path, progress.best_epoch, progress.best_accuracy, best_weights)
             # In this order: the time of the training part ends first; an epoch that diverged is neither best nor logged.
             finite = FiniteLoss(data.x_train[:images])
             own_callbacks = [EpochSeeds(config.seed, batches), signals, timer, finite, best, log, ReturnFreedMemory()]
+            own_callbacks.append(AverageInValidation())
             if is_resumable:
                 wandb_id = wandb_run.id if wandb_run else None
                 start = replace(progress, wandb_id=wandb_id, measured=measured, compiling_epochs=compiling_epochs)
@@ -685,7 +683,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             results["memory"]["peak_rss_bytes"] = peak_rss_bytes()
             results["quality"] |= {"best_epoch": best.epoch, "best_epoch_s": log.epochs[best.epoch - 1].end_s}
             results["quality"]["test"] = {f"test_{name}": value for name, value in test.items()}
-    resume.finish(resume_path, keeps_state=config.resume)
+    resume.finish(resume_path, keeps_state=config.resume and config.learning_rate_schedule == "constant")
     return results
 
 

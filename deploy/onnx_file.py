@@ -50,8 +50,18 @@ def write(model: keras.Model, path: Path, batch_size: int, image_shape: tuple[in
             raise ExperimentError(f"{reason}; tested: {TESTED}") from error
         # torch 2.5 leaves functions, which TensorRT 8.6 does not know, and computations on constants.
         plain = onnxscript.optimizer.optimize(onnx.load(path))
-        onnx.save(onnx.version_converter.convert_version(plain, OPSET), path)
+        onnx.save(_without_newer_attributes(onnx.version_converter.convert_version(plain, OPSET)), path)
     return check(path)
+
+
+def _without_newer_attributes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """ONNX's converter turns the axes of ReduceMean into an attribute, as before opset 18, but leaves one that 18 has brought."""
+    for node in model.graph.node:
+        if node.op_type == "ReduceMean":
+            kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return model
 
 
 def check(path: Path) -> dict:

@@ -14,7 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
@@ -127,33 +127,45 @@ def flag(name: str) -> str:
 
 
 def parse(
-    config_class: type[Config], argv: Sequence[str], description: str = "", headings: Mapping[str, str] | None = None
+    config_class: type[Config],
+    argv: Sequence[str],
+    description: str = "",
+    headings: Mapping[str, str] | None = None,
+    presets: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> Config:
     """Parse `argv` into a `config_class`, unchecked; raise ExperimentError with one line where tyro would print a box.
 
-    --help begins with `description`, and has the `headings`, each before the flag that it is given for.
+    --help begins with `description`, and has the `headings`, each before the flag that it is given for. The value of a flag
+    in `presets` chooses other defaults, by name, which every flag overrides.
     """
     argv = _as_tyro_reads_it(get_type_hints(config_class), argv)
+    headings = headings or {dataclasses.fields(config_class)[0].name: "flags"}
+
+    def parse_with(defaults: Mapping[str, Any]) -> Config:
+        groups = vars(_tyro(_grouped(config_class, headings, defaults), argv, description))
+        return config_class(**{name: value for group in groups.values() for name, value in vars(group).items()})
+
+    config = parse_with({})
+    for name, choices in (presets or {}).items():
+        config = parse_with(choices[getattr(config, name)])
+    return config
+
+
+def _tyro(kind: type, argv: Sequence[str], description: str):
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            groups = tyro.cli(
-                _grouped(config_class, headings or {dataclasses.fields(config_class)[0].name: "flags"}),
-                args=argv,
-                prog=PROGRAM,
-                description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            options = {"description": description, "config": (tyro.conf.OmitArgPrefixes,)}
+            return tyro.cli(kind, args=argv, prog=PROGRAM, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         # From the title to the next rule. Where the console has no Unicode, a box is drawn with spaces and dashes.
         inside = re.split("[─-]{9}", box.getvalue().partition("\n")[2].lstrip(" -\n"))[0]
         raise ExperimentError(" ".join(re.sub("[│╭╮╰╯─]", " ", inside).split()) + " (see --help)") from None
-    return config_class(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
 
 
-def _grouped(config_class: type, headings: Mapping[str, str]) -> type:
+def _grouped(config_class: type, headings: Mapping[str, str], defaults: Mapping[str, Any]) -> type:
     """A dataclass with a field for each heading; these are dataclasses of the fields of `config_class`.
 
     tyro shows each of them in a box of its own. It cannot find the docstrings of fields that are made here, so they are
@@ -165,6 +177,7 @@ def _grouped(config_class: type, headings: Mapping[str, str]) -> type:
         if field.name in headings:
             group = groups.setdefault(headings[field.name], [])
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = defaults.get(field.name, default)
         hint = "" if default in (None, []) else None
         metavar = "TEXT" if kind == str | None else None
         argument = tyro.conf.arg(help=" ".join(texts[field.name].split()), metavar=metavar, help_behavior_hint=hint)

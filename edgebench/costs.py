@@ -1,8 +1,9 @@
 """What the model costs by arithmetic: parameters, FLOPs and bytes; and what a device can do at best."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from edgebench.cli import OutOfMemory
 
@@ -32,11 +33,17 @@ class ViTSize:
     num_heads: int
     transformer_layers: int
     transformer_units: Sequence[int]
+    head: str
     mlp_head_units: Sequence[int]
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def features(self) -> int:
+        """Numbers that the head takes."""
+        return self.projection_dim * (1 if self.head == "mean" else self.num_patches)
 
     @property
     def values_per_patch(self) -> int:
@@ -47,7 +54,7 @@ class ViTSize:
         """Trainable parameters."""
         d, inner = self.projection_dim, self.num_heads * self.projection_dim
         block = 3 * _dense(d, inner) + _dense(inner, d) + _dense(d, *self.transformer_units) + 4 * d
-        head = _dense(self.num_patches * d, *self.mlp_head_units, self.num_classes)
+        head = _dense(self.features, *self.mlp_head_units, self.num_classes)
         return _dense(self.values_per_patch, d) + self.num_patches * d + self.transformer_layers * block + 2 * d + head
 
     @property
@@ -58,7 +65,7 @@ class ViTSize:
         """
         n, d, inner = self.num_patches, self.projection_dim, self.num_heads * self.projection_dim
         block = n * 4 * d * inner + 2 * n * n * inner + n * _dense(d, *self.transformer_units, biases=0)
-        head = _dense(n * d, *self.mlp_head_units, self.num_classes, biases=0)
+        head = _dense(self.features, *self.mlp_head_units, self.num_classes, biases=0)
         return 2 * (2 * n * self.values_per_patch * d + 3 * (self.transformer_layers * block + head))
 
     def train_memory_bytes(self, images: int, dtype_policy: str = "float32", accumulates: bool = False) -> int:
@@ -75,6 +82,12 @@ class ViTSize:
         bytes_per_activation = 4 if dtype_policy == "float32" else 2
         bytes_per_parameter = BYTES_PER_PARAMETER + 4 if accumulates else BYTES_PER_PARAMETER
         return bytes_per_parameter * self.parameters + images * activations * bytes_per_activation
+
+
+def vit_size(flags: Mapping[str, Any], channels: int, num_classes: int) -> ViTSize:
+    """The sizes among the flags of vit.ViTConfig."""
+    names = {field.name for field in fields(ViTSize)} - {"channels", "num_classes"}
+    return ViTSize(channels, num_classes, **{name: flags[name] for name in names})
 
 
 def _dense(*widths: int, biases: int = 1) -> int:

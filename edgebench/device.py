@@ -172,8 +172,15 @@ def set_tf32(allowed: bool) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device or the host could not give the memory asked for."""
-    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+    """Whether an error, or one that it hides, says that the device or the host could not give the memory asked for."""
+    return _about_memory(error) is not None
+
+
+def _about_memory(error: BaseException | None) -> BaseException | None:
+    """With an average of the weights, Keras on JAX hides the error that ends `fit` behind one of its own."""
+    while error is not None and not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        error = error.__context__
+    return error
 
 
 @contextlib.contextmanager
@@ -184,9 +191,9 @@ def out_of_memory_as(message: str) -> Iterator[None]:
         yield
     except Exception as error:
         del reserve  # the results are written next, and a backend may have taken all that there was
-        if not is_out_of_memory(error):
+        if (reason := _about_memory(error)) is None:
             raise
-        raise OutOfMemory(f"{message} ({one_line(error)[:200]})") from error
+        raise OutOfMemory(f"{message} ({one_line(reason)[:200]})") from error
 
 
 def build_optimizer(model: keras.Model) -> None:

@@ -1,4 +1,4 @@
-"""Keras' dropout and attention with the same results, faster; and random numbers for which torch does not wait."""
+"""Keras' dropout and attention with the same results, faster; stochastic depth; random numbers for which torch does not wait."""
 
 import math
 
@@ -50,6 +50,28 @@ class Dropout(layers.Dropout):
         bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
         bits = bits ^ ((bits >> 16) & 0xFFFF)
         return ops.where(bits >= int(self.rate * 2**32) - 2**31, inputs / (1 - self.rate), 0.0)
+
+
+@keras.saving.register_keras_serializable(package="vit")
+class StochasticDepth(layers.Layer):
+    """Leaves a residual branch (B, ...) out for a share `rate` of the images in training (Huang et al., 2016).
+
+    The others are scaled, so that the mean stays. (Keras' Dropout with a noise_shape does the same, but torch waits for it.)
+    """
+
+    def __init__(self, rate: float, **kwargs):
+        super().__init__(**kwargs)
+        self.rate, self.seed_generator = rate, keras.random.SeedGenerator()
+
+    def call(self, inputs, training=False):
+        if not training or not self.rate:
+            return inputs
+        shape = (ops.shape(inputs)[0], *[1] * (len(inputs.shape) - 1))
+        draws = random_uniform(shape, inputs, self.seed_generator)
+        return ops.where(draws >= 2 * self.rate - 1, inputs / (1 - self.rate), 0.0)
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate}
 
 
 @keras.saving.register_keras_serializable(package="vit")

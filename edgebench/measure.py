@@ -53,6 +53,7 @@ def step_sections(seconds: Sequence[float], budget_s: float) -> Sections:
 
 def steps(
     model: keras.Model,
+    make_batches: Callable[[np.ndarray, np.ndarray, int], ShuffledBatches],
     x: np.ndarray,
     y: np.ndarray,
     batch_size: int,
@@ -74,8 +75,15 @@ def steps(
     whole = len(x) // step_size * step_size
 
     def fit(count: int, timer: Sequence[StepTimer] = ()) -> None:
-        batches = ShuffledBatches(x[:count], y[:count], min(batch_size, count))
-        model.fit(batches, shuffle=False, verbose=0, callbacks=[*timer])
+        batches = make_batches(x[:count], y[:count], min(batch_size, count))
+        try:
+            model.fit(batches, shuffle=False, verbose=0, callbacks=[*timer])
+        except Exception:  # with an average of the weights, Keras on JAX hides a signal behind an error of its own
+            raise_if_stopped()
+            raise
+        # `fit` ends with the average of the weights in their place, if there is one: on JAX in the same memory, which the
+        # first step of another `fit` would take over twice.
+        assign_copies(variables, before)
 
     timer = StepTimer(budget_s, batches_per_step, raise_if_stopped)
     while not is_enough(timer.seconds[1:], budget_s):
@@ -83,7 +91,6 @@ def steps(
     partial_s = 0.0
     if rest := len(x) % batch_size:
         partial_s = compiling(timed(fit, rest)[1], [timed(fit, rest)[1]])
-    assign_copies(variables, before)
     return merge(step_sections(timer.seconds, budget_s), {"compile_s": {"partial_batch": partial_s}})
 
 
@@ -96,6 +103,7 @@ def compiling_evaluation(evaluate: Callable, x: np.ndarray, y: np.ndarray, batch
 
 def before_training(
     model: keras.Model,
+    make_batches: Callable[[np.ndarray, np.ndarray, int], ShuffledBatches],
     x_train: np.ndarray,
     y_train: np.ndarray,
     x_test: np.ndarray,
@@ -108,7 +116,7 @@ def before_training(
 ) -> Sections:
     """Latency, throughput and energy of inference, step time and compile times; the model is afterwards as before.
 
-    `raise_if_stopped` is called again and again, and ends the measurement with its exception.
+    `make_batches` makes those of the training from images, labels and their number. `raise_if_stopped` is called again and again, and ends the measurement with its exception.
     """
 
     def interruptible(function: Callable) -> Callable:
@@ -129,7 +137,7 @@ def before_training(
         {"memory": {"inference_peak_device_bytes": peak_bytes}},
         inference_energy(meters, lambda: predict(x_test[:batch_size]), len(x_test[:batch_size])),
         bare_latency(bare and interruptible(bare), NOTHING_COMPILED, x_test, budget_s),
-        steps(model, x_train, y_train, batch_size, batches_per_step, budget_s, raise_if_stopped),
+        steps(model, make_batches, x_train, y_train, batch_size, batches_per_step, budget_s, raise_if_stopped),
         compiling_evaluation(interruptible(evaluate), x_test, y_test, batch_size),
     )
 

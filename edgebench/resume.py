@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import typeguard
 
+from edgebench.averages import averages
 from edgebench.cli import ExperimentError, flag, one_line, require, warn
 from edgebench.device import assign_copies, build_optimizer, copy_values
 from edgebench.energy import Meters, spans_as_json
@@ -26,6 +27,12 @@ from edgebench.files import replacing
 from edgebench.load import LoadMeter
 from edgebench.timing import Epoch, EpochLog
 
+# What a run that is resumed may change: how long it trains and measures, on which device, and where its files and records go.
+MAY_CHANGE = {
+    *("recipe", "num_epochs", "resume", "debug", "measure_seconds", "compile_cache", "device", "checkpoint_path"),
+    *("results_dir", "node_name", "verbose", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name"),
+    *("wandb_tags", "wandb_group", "wandb_job_type", "wandb_artifact"),
+}
 CHECK_ALL = typeguard.CollectionCheckStrategy.ALL_ITEMS
 
 
@@ -44,6 +51,16 @@ class Progress:
     best_accuracy: float = -math.inf
     variables: list[np.ndarray] = field(default_factory=list)
     best_weights: list[np.ndarray] = field(default_factory=list)  # none where they are the model's own
+
+
+def identity(flags: dict, x_train: np.ndarray, y_train: np.ndarray) -> dict:
+    """All that decides what is learned: it has to be the same for an interrupted run to be resumed.
+
+    `flags` are the configuration as JSON. A schedule of the learning rate ends with the run, so its length decides as well.
+    """
+    may_change = MAY_CHANGE - ({"num_epochs"} if flags["learning_rate_schedule"] != "constant" else set())
+    data_checksum = zlib.crc32(y_train, zlib.crc32(np.ascontiguousarray(x_train)))
+    return {name: value for name, value in flags.items() if name not in may_change} | {"data": data_checksum}
 
 
 def path_of(checkpoint_path: Path, identity: dict) -> Path:
@@ -163,7 +180,8 @@ class ResumeFile(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         variables = _variables(self.model)
-        best_weights = [] if self.best.epoch == epoch + 1 else self.best.weights
+        is_model = self.best.epoch == epoch + 1 and not averages(self.model)
+        best_weights = [] if is_model else self.best.weights
         state = self.constant | {
             "variables": len(variables),
             "epochs": [asdict(epoch) for epoch in self.log.epochs],

@@ -180,3 +180,15 @@ class FusedAdamW(keras.optimizers.AdamW):
         options = {"lr": ops.convert_to_tensor(learning_rate), "beta1": self.beta_1, "beta2": self.beta_2}
         options |= {"weight_decay": self.weight_decay, "eps": self.epsilon, "amsgrad": False, "maximize": False}
         torch._fused_adamw_(weights, list(grads), momentums, velocities, [], steps, **options)
+
+    def _update_model_variables_moving_average(self, trainable_variables):
+        """One pass as well: Keras' own takes four times as long as the step of AdamW."""
+        if not self.use_ema:
+            return
+        momentum = ops.where(ops.equal(self.iterations, 0), 0.0, self.ema_momentum)
+        averages = [average.value for average in self._model_variables_moving_average]
+        with torch.no_grad():
+            torch._foreach_mul_(averages, momentum)
+            torch._foreach_add_(
+                averages, torch._foreach_mul([weight.value for weight in trainable_variables], 1 - momentum)
+            )

@@ -18,13 +18,19 @@ import numpy as np
 import vit
 from edgebench import datasets, energy, latency, measure, process, timing
 from edgebench.callbacks import DIVERGED_ADVICE, StopSignals
-from edgebench.cli import Diverged, errors_in_one_line, require
+from edgebench.cli import Diverged, errors_in_one_line, flag, require
 from edgebench.compile_cache import CompileCache
 from edgebench.console import EpochLines
+from edgebench.costs import vit_size
 from edgebench.device import find_device, prepare
 from edgebench.files import replacing
 from edgebench.load import LoadMeter, peak_rss_bytes
 from edgebench.results import recording, start_results, training_sections
+
+NOT_IN_PEERS = (
+    *("head", "stochastic_depth", "learning_rate_schedule", "label_smoothing", "ema"),
+    *("mixup", "cutmix", "random_erasing", "rand_augment"),
+)
 
 
 def check(config: vit.ViTConfig) -> None:
@@ -32,6 +38,10 @@ def check(config: vit.ViTConfig) -> None:
     require(config.augmentation == "fused", "the hand-written peers have --augmentation fused only")
     require(not config.resume, "the hand-written peers have no --resume")
     require(config.gradient_accumulation_steps == 1, "the hand-written peers have no --gradient-accumulation-steps")
+    published = vit.ViTConfig()
+    for name in NOT_IN_PEERS:
+        value, default = getattr(config, name), getattr(published, name)
+        require(value == default, f"the hand-written peers have no {flag(name)} {value}, only {default}")
 
 
 def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
@@ -47,7 +57,7 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
     began = time.perf_counter()
     data = vit.load_dataset(config.dataset, config.validation_split, config.seed)
     results["time"]["load_s"] = time.perf_counter() - began
-    size = vit.vit_size(config, data.image_shape[2], data.num_classes)
+    size = vit_size(config.as_json(), data.image_shape[2], data.num_classes)
     what |= data.describe() | {"resumed_after_epochs": [], "train_flops_per_image": size.train_flops_per_image}
 
     with StopSignals() as signals, recording(results, config.results_dir, signals):

@@ -338,9 +338,11 @@ def damaged(count: int, rng: random.Random, folder: Path) -> None:
     [resume_file] = folder.glob("a.*.resume.npz")
     config = cli.parse(vit.ViTConfig, flags)
     data = load(config)
-    assert resume.path_of(config.checkpoint_path, vit.identity(config, data)) == resume_file.relative_to(folder)
+    assert resume.path_of(
+        config.checkpoint_path, resume.identity(config.as_json(), data.x_train, data.y_train)
+    ) == resume_file.relative_to(folder)
     model = build(config, data)
-    vit.compile_model(model, config, data.num_classes)
+    vit.compile_model(model, config, data.num_classes, 1)
     good = {"data": Path("good.npz").read_bytes(), "resume": resume_file.read_bytes()}
     tallies = {f"{target} {end}": 0 for target in good for end in ("refused", "read")}
 
@@ -380,7 +382,9 @@ def damaged(count: int, rng: random.Random, folder: Path) -> None:
             if target == "data":
                 load(config)
             else:
-                progress = resume.read(resume_file, vit.identity(config, data), EPOCHS)
+                progress = resume.read(
+                    resume_file, resume.identity(config.as_json(), data.x_train, data.y_train), EPOCHS
+                )
                 resume.restore(model, progress, resume_file)
         except cli.ExperimentError as error:
             tallies[f"{target} refused"] += 1

@@ -9,7 +9,7 @@ import pytest
 from conftest import INSTALLED, TINY, only_results
 
 import vit
-from edgebench import layers, torch_graphs
+from edgebench import costs, layers, torch_graphs
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_number_format_and_attention_are_those_asked_for_and_are_recorded(backen
 
 def test_the_memory_estimate_counts_the_very_parameters_of_the_default_model():
     """16 bytes a parameter, whatever the batch, and 4 more for accumulated gradients."""
-    size = vit.vit_size(vit.ViTConfig(), 3, 100)
+    size = costs.vit_size(vit.ViTConfig().as_json(), 3, 100)
     one, two = (size.train_memory_bytes(images) for images in (1, 2))
     assert (2 * one - two) / 16 == 21_759_012 and two > one
     assert size.train_memory_bytes(1, accumulates=True) - one == 4 * 21_759_012

@@ -27,6 +27,7 @@ from wandb_server import ENTITY, PROJECT, WandbServer
 
 import sweep as sweep_py
 import vit
+from edgebench import costs, settings
 
 KEY = "0123456789abcdef" * 3
 GIB = 2**30
@@ -83,9 +84,9 @@ def test_the_configuration_is_valid_and_every_trial_drawn_from_it_can_be_run(dev
     ]
     for values in drawn:
         trial = vit.ViTConfig(**values, checkpoint_path=tmp_path / "a.weights.h5")
-        trial.check()
+        settings.check(trial)
         assert trial.image_size % trial.patch_size == 0, f"{values} cuts pixels off"
-        needed = vit.vit_size(trial, 3, 100).train_memory_bytes(trial.batch_size, trial.dtype_policy)
+        needed = costs.vit_size(trial.as_json(), 3, 100).train_memory_bytes(trial.batch_size, trial.dtype_policy)
         assert needed < MEMORY_BYTES[device], values
     for name in ("batch_size", "projection_dim", "transformer_layers"):  # the draw includes the largest
         assert max(values[name] for values in drawn) == max(config["parameters"][name]["values"])

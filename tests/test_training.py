@@ -11,7 +11,7 @@ import pytest
 from conftest import INSTALLED, ROOT, TENSORFLOW_SLOW, TINY, environment_of_processes
 
 import vit
-from edgebench import datasets, layers
+from edgebench import costs, datasets, layers
 from edgebench.callbacks import EpochSeeds
 
 MODEL = vit.ViTConfig(
@@ -52,7 +52,7 @@ def test_the_default_model_has_the_published_size():
     config, images = vit.ViTConfig(), np.zeros((1, 32, 32, 3), np.uint8)
     model = create_model(config, images, num_classes=100)
     assert sum(np.prod(weight.shape) for weight in model.trainable_weights) == 21_759_012
-    assert vit.vit_size(config, 3, 100).parameters == 21_759_012
+    assert costs.vit_size(config.as_json(), 3, 100).parameters == 21_759_012
 
 
 def test_a_saved_model_gives_the_same_answers_after_loading(tmp_path):
@@ -144,7 +144,7 @@ def weights_after_an_epoch(small_batches: int, optimizer: str) -> list[list[floa
     for layer in model.layers:
         if isinstance(layer, layers.Dropout):
             layer.rate = 0.0  # draws for a batch and for its parts would differ
-    vit.compile_model(model, config, num_classes=3)
+    vit.compile_model(model, config, num_classes=3, steps_per_epoch=2)
     if optimizer == "SGD":  # at this rate a step is the gradient
         steps = small_batches if small_batches > 1 else None
         model.compile(keras.optimizers.SGD(1.0, gradient_accumulation_steps=steps), model.loss)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from edgebench.cli import BACKENDS
 from edgebench.compare.items import PEERS, RUNTIMES
-from edgebench.compare.runs import Device, Run
+from edgebench.compare.runs import NONE, Device, Run
 
 # Every field of vit.ViTConfig has one of three rules; a test fails for a field without one.
 MUST_AGREE = "must agree"  # runs that differ in it are not compared, unless benchmark.py was asked to vary it
@@ -13,12 +13,20 @@ NOTED = "noted"  # runs that differ in it are compared, and the report says so
 CANNOT_MATTER = "cannot matter"  # it has no effect on what is compared, or another figure tells the effect apart
 MODEL = (
     *("image_size", "patch_size", "projection_dim", "num_heads", "transformer_layers"),
-    *("transformer_units", "mlp_head_units", "attention_dropout"),
+    *("transformer_units", "head", "mlp_head_units", "attention_dropout", "stochastic_depth"),
+)
+# What a file that was written before there were recipes stands for, as the report shows it.
+BEFORE_RECIPES = {"head": "flatten", "learning_rate_schedule": "constant"}
+BEFORE_RECIPES |= dict.fromkeys(("stochastic_depth", "warmup_epochs", "label_smoothing", "ema"), "0.0")
+BEFORE_RECIPES |= dict.fromkeys(("mixup", "cutmix", "random_erasing", "rand_augment"), "0.0")
+SET_BY_A_RECIPE = (
+    *("image_size", "patch_size", "projection_dim", "transformer_layers", "mlp_head_units", "attention_dropout"),
+    *("weight_decay", "num_epochs", *BEFORE_RECIPES),
 )
 FIELD_RULES = {
     **dict.fromkeys(MODEL, MUST_AGREE),
-    # The training
-    **dict.fromkeys(("learning_rate", "weight_decay", "batch_size", "num_epochs", "augmentation"), MUST_AGREE),
+    **dict.fromkeys(("learning_rate", "batch_size", "augmentation", *SET_BY_A_RECIPE), MUST_AGREE),
+    "recipe": CANNOT_MATTER,  # a name for values of those fields
     **dict.fromkeys(("gradient_accumulation_steps", "validation_split", "dataset"), MUST_AGREE),
     "resume": CANNOT_MATTER,  # only if the run was resumed, which `resumed` below tells
     "seed": CANNOT_MATTER,  # runs are paired by it
@@ -63,10 +71,12 @@ def conditions(run: Run) -> dict[str, str]:
     A data file counts by its name, because its folder differs between devices. TF32 counts on GPUs only: a CPU
     multiplies float32 in full precision, as a GPU does without TF32.
     """
-    fields = [field for field, rule in FIELD_RULES.items() if rule == MUST_AGREE and field not in run.varied]
+    varied = {*run.varied, *(SET_BY_A_RECIPE if "recipe" in run.varied else ())}
+    fields = [field for field, rule in FIELD_RULES.items() if rule == MUST_AGREE and field not in varied]
     values = {field: run.text(f"what/config/{field}") for field in fields}
+    values |= {field: text for field, text in BEFORE_RECIPES.items() if values.get(field) == NONE}
     for fact, flags in FACTS.items():
-        if set(flags) & set(run.varied):
+        if set(flags) & varied:
             values.pop(fact.removeprefix("config/"), None)
         else:
             values[fact.removeprefix("config/")] = run.text(f"what/{fact}")
