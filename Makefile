@@ -8,6 +8,7 @@
 # make test-sweeps                                       minutes: whole sweeps against a W&B server on loopback
 # make test-containers                                   minutes: builds and runs the four images (root, Linux)
 # make test-faults                                       hours: kills runs, draws command lines and damages files at random
+# make recipe ARGS="CIFAR100.npz OUT"                    hours: measures what each element of the modern recipe brings
 # make test-faults SEED=7 ARGS="--kills 10 --damaged 0"  the same random draws again, but fewer
 # make lint                                              runs the linters, as CI does
 # Another interpreter: make test PYTHON=python3.12. Other backends for training: make train EXTRAS=tensorflow
@@ -31,7 +32,7 @@ QUICK := --backends jax torch -- --dataset synthetic --image-size 32 --patch-siz
 PYTEST := python -m pytest
 TWO_AT_A_TIME := -n 2 --dist loadgroup
 
-.PHONY: train benchmark ratios test test-slow test-floor test-sweeps test-containers test-faults lint clean
+.PHONY: train benchmark ratios test test-slow test-floor test-sweeps test-containers test-faults recipe lint clean
 
 train: $(VENV)/train-$(EXTRAS)
 	$(VENV)/bin/python vit.py $(ARGS)
@@ -58,6 +59,9 @@ test-sweeps: $(VENV)/test
 
 test-containers: $(VENV)/test
 	$(VENV)/bin/python -m pytest -m end_to_end tests/test_requirements.py tests/test_containers.py
+
+recipe: $(VENV)/test
+	$(VENV)/bin/python tests/campaign_recipe.py $(ARGS)
 
 test-faults: $(VENV)/test
 	$(VENV)/bin/python tests/campaign_faults.py $(if $(SEED),--seed $(SEED)) $(ARGS)
