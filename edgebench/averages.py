@@ -13,7 +13,9 @@ from edgebench.device import assign_copies, copy_values
 
 
 def averages(model: keras.Model) -> list[keras.Variable]:
-    """The averages of the model's trainable variables, in their order; none where the optimizer keeps none."""
+    """The averages of the model's trainable variables, in their order; none where no optimizer keeps any."""
+    if not model.compiled:
+        return []
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # LossScaleOptimizer has one inside
     return [variable for variable in optimizer.variables if variable.name.endswith("_average")]
 

@@ -147,7 +147,8 @@ def parse(
 
     config = parse_with({})
     for name, choices in (presets or {}).items():
-        config = parse_with(choices[getattr(config, name)])
+        if defaults := choices[getattr(config, name)]:
+            config = parse_with(defaults)
     return config
 
 
