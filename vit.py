@@ -71,7 +71,6 @@ class ViTConfig:
     """Widths of the hidden layers of the classifier head; none: `--mlp-head-units` without a number."""
     attention_dropout: float = 0.1
     """Share of the attention weights dropped in training. Above 0, JAX and TensorFlow cannot use their fused attention."""
-
     stochastic_depth: float = 0.0
     """Share of the images for which a residual branch of the last block is left out in training; it falls to 0 at the first."""
 
@@ -237,7 +236,7 @@ with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_p
     from edgebench.latency import merge
     from edgebench.layers import Attention, Dropout, StochasticDepth, random_uniform
     from edgebench.load import LoadMeter, peak_rss_bytes
-    from edgebench.mixing import mixed_batches, one_hot
+    from edgebench.mixing import batches_for, one_hot
     from edgebench.results import how_it_runs, recording, start_results, training_sections
     from edgebench.torch_graphs import FusedAdamW, with_graphs
 
@@ -582,7 +581,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
     run_identity = resume.identity(flags, data.x_train, data.y_train)
     if config.has_soft_labels:
         data = replace(data, **{y: one_hot(getattr(data, y), data.num_classes) for y in ("y_train", "y_val", "y_test")})
-    make_batches = mixed_batches(flags, data.x_train.dtype)
+    make_batches = batches_for(flags, data.x_train.dtype)
     resume_path = resume.path_of(config.checkpoint_path, run_identity)
     progress = resume.read(resume_path, run_identity, config.num_epochs) if config.resume else resume.Progress()
     first_epoch, images = len(progress.epochs), config.micro_batch_size
@@ -642,7 +641,7 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             if wandb_run:
                 tracking.describe(wandb_run, results["what"])
                 own_callbacks.append(CustomWandbCallback(wandb_run, len(data.x_train), timer, meters))
-            lines = console.epoch_lines(len(data.x_train), timer, batches)
+            lines = console.epoch_lines(len(data.x_train), timer)
             try:
                 model.fit(
                     batches,

@@ -153,6 +153,7 @@ def parse(
 
 
 def _tyro(kind: type, argv: Sequence[str], description: str):
+    """What tyro parses `argv` into; raises ExperimentError with one line where it would print a box."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

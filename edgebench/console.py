@@ -3,16 +3,14 @@
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import keras
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from edgebench.cli import flag
-from edgebench.datasets import ShuffledBatches
 from edgebench.energy import UNAVAILABLE
 from edgebench.streams import SteadyStream
 from edgebench.timing import EpochTimer
@@ -78,35 +76,31 @@ class EpochLines(keras.callbacks.Callback):
 
 
 class EpochBar(EpochLines):
-    """Shows a bar with images/s and the time left as well, as the `batches` are handed to the backend.
+    """Shows a bar with images/s and the time left as well. It writes past W&B's copy of the console, where each of its
+    states would be a line of its own. Without `logs` nothing waits for the device."""
 
-    Its own thread looks at them twice a second: with `on_train_batch_end`, the bar of Keras and a first one of ours, small
-    steps took longer on a terminal than in a pipe. It writes past W&B's copy of the console, where each of its states would
-    be a line of its own.
-    """
+    async_safe = True  # so that Keras does not wait for each step
 
-    def __init__(self, images: int, timer: EpochTimer, batches: ShuffledBatches):
+    def __init__(self, images: int, timer: EpochTimer):
         super().__init__(images, timer)
-        self._batches, self._task = batches, None
-        self._bar = _Bar(self._look)  # which looks at once
+        text = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]:>7,.0f} images/s")
+        terminal = Console(file=SteadyStream(sys.__stdout__))
+        left = TimeRemainingColumn(), TextColumn("left")
+        options = {"console": terminal, "transient": True, "refresh_per_second": 4}
+        self._bar = Progress(*text, *left, **options, redirect_stdout=False, redirect_stderr=False)
+        self._task = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        epochs, self._began = self.params["epochs"], time.perf_counter()
+        epochs, steps = self.params["epochs"], self.params["steps"]
         if self._task is None:
-            self._first_epoch = epoch
-            self._task = self._bar.add_task("", total=(epochs - epoch) * len(self._batches), rate=0)
-        self._done = (epoch - self._first_epoch) * len(self._batches)
+            self._task = self._bar.add_task("", total=(epochs - epoch) * steps, rate=0)
         self._bar.update(self._task, description=f"Epoch {epoch + 1}/{epochs}")
         self._bar.start()
+        self._began = time.perf_counter()
 
-    def _look(self) -> None:
-        taken, total = self._batches.taken, len(self._batches)
-        if self._task is None:
-            return
-        self._bar.update(self._task, completed=self._done + taken)
-        if taken < total:  # afterwards the validation takes its time
-            seconds = time.perf_counter() - self._began
-            self._bar.update(self._task, rate=self.images * taken / total / seconds)
+    def on_train_batch_end(self, batch, logs=None):
+        images = self.images * (batch + 1) / self.params["steps"]
+        self._bar.update(self._task, advance=1, rate=images / (time.perf_counter() - self._began))
 
     def on_epoch_end(self, epoch, logs=None):
         self._bar.stop()
@@ -116,24 +110,9 @@ class EpochBar(EpochLines):
         self._bar.stop()
 
 
-class _Bar(Progress):
-    """A bar that calls `look` before it is drawn."""
-
-    def __init__(self, look: Callable[[], None]):
-        text = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]:>7,.0f} images/s")
-        left, terminal = (TimeRemainingColumn(), TextColumn("left")), Console(file=SteadyStream(sys.__stdout__))
-        options = {"console": terminal, "transient": True, "refresh_per_second": 2}
-        self._look = look
-        super().__init__(*text, *left, **options, redirect_stdout=False, redirect_stderr=False)
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        self._look()
-        return super().get_renderables()
-
-
-def epoch_lines(images: int, timer: EpochTimer, batches: ShuffledBatches) -> EpochLines:
+def epoch_lines(images: int, timer: EpochTimer) -> EpochLines:
     """A bar on a terminal and a line an epoch; in a log file the line alone."""
-    return EpochBar(images, timer, batches) if sys.stdout.isatty() else EpochLines(images, timer)
+    return (EpochBar if sys.stdout.isatty() else EpochLines)(images, timer)
 
 
 def print_summary(results: dict, path: Path | None, upload: str | None) -> None:

@@ -51,10 +51,7 @@ class ShuffledBatches(keras.utils.PyDataset):
 
     Left to Keras, every backend draws another order, and TensorFlow repeats one order in every epoch when its global seed is
     set again. (PyDataset.on_epoch_begin is no place to shuffle: Keras also calls it when it only looks at the first batch.)
-    `taken` counts the batches that the epoch has asked for.
     """
-
-    taken = 0
 
     def __init__(self, x: np.ndarray, y: np.ndarray, batch_size: int):
         super().__init__()
@@ -64,13 +61,12 @@ class ShuffledBatches(keras.utils.PyDataset):
         return -(-len(self._x) // self._batch_size)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        self.taken = index + 1
         chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
         return self._x[chosen], self._y[chosen]
 
     def shuffle(self, seed: int, epoch: int) -> None:
         """Take the order of this epoch, counted from 0."""
-        self._order, self.taken = image_order(seed, epoch, len(self._x)), 0
+        self._order = image_order(seed, epoch, len(self._x))
 
 
 def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

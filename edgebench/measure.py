@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import keras
 import numpy as np
 
+from edgebench.averages import averages
 from edgebench.bare import NOTHING_COMPILED, bare_predict
 from edgebench.datasets import ShuffledBatches
 from edgebench.device import assign_copies, build_optimizer, copy_values, find_device
@@ -81,9 +82,10 @@ def steps(
         except Exception:  # with an average of the weights, Keras on JAX hides a signal behind an error of its own
             raise_if_stopped()
             raise
-        # `fit` ends with the average of the weights in their place, if there is one: on JAX in the same memory, which the
-        # first step of another `fit` would take over twice.
-        assign_copies(variables, before)
+        if averages(
+            model
+        ):  # `fit` ends with them in the weights: on JAX in the same memory, which a next step takes over twice
+            assign_copies(variables, before)
 
     timer = StepTimer(budget_s, batches_per_step, raise_if_stopped)
     while not is_enough(timer.seconds[1:], budget_s):
@@ -91,6 +93,7 @@ def steps(
     partial_s = 0.0
     if rest := len(x) % batch_size:
         partial_s = compiling(timed(fit, rest)[1], [timed(fit, rest)[1]])
+    assign_copies(variables, before)
     return merge(step_sections(timer.seconds, budget_s), {"compile_s": {"partial_batch": partial_s}})
 
 
@@ -116,7 +119,8 @@ def before_training(
 ) -> Sections:
     """Latency, throughput and energy of inference, step time and compile times; the model is afterwards as before.
 
-    `make_batches` makes those of the training from images, labels and their number. `raise_if_stopped` is called again and again, and ends the measurement with its exception.
+    `make_batches` makes those of the training from images, labels and a batch size. `raise_if_stopped` is called again and
+    again, and ends the measurement with its exception.
     """
 
     def interruptible(function: Callable) -> Callable:

@@ -71,14 +71,14 @@ class MixedBatches(ShuffledBatches):
         return self._mixing.apply(*super().__getitem__(index), rng)
 
 
-def mixed_batches(flags: Mapping[str, Any], dtype: np.dtype) -> Callable[[np.ndarray, np.ndarray, int], MixedBatches]:
-    """What makes batches of images, labels and a batch size; `flags` are those of vit.ViTConfig, `dtype` is that of the images.
+def batches_for(flags: Mapping[str, Any], dtype: np.dtype) -> Callable[[np.ndarray, np.ndarray, int], ShuffledBatches]:
+    """What makes batches from images, labels and a batch size; `flags` are those of vit.ViTConfig, `dtype` is that of the images.
 
     Raises ExperimentError where the images would have to be bytes.
     """
     mixing = Mixing(**{field.name: flags[field.name] for field in fields(Mixing)})
     mixing.require_bytes(dtype)
-    return partial(MixedBatches, mixing=mixing)
+    return ShuffledBatches if mixing == Mixing() else partial(MixedBatches, mixing=mixing)
 
 
 def one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -19,6 +19,7 @@ import vit
 from edgebench import datasets, energy, latency, measure, process, timing
 from edgebench.callbacks import DIVERGED_ADVICE, StopSignals
 from edgebench.cli import Diverged, errors_in_one_line, flag, require
+from edgebench.compare.sets import BEFORE_RECIPES
 from edgebench.compile_cache import CompileCache
 from edgebench.console import EpochLines
 from edgebench.costs import vit_size
@@ -27,11 +28,6 @@ from edgebench.files import replacing
 from edgebench.load import LoadMeter, peak_rss_bytes
 from edgebench.results import recording, start_results, training_sections
 
-NOT_IN_PEERS = (
-    *("head", "stochastic_depth", "learning_rate_schedule", "label_smoothing", "ema"),
-    *("mixup", "cutmix", "random_erasing", "rand_augment"),
-)
-
 
 def check(config: vit.ViTConfig) -> None:
     """Refuse the flags that the peers do not have."""
@@ -39,7 +35,7 @@ def check(config: vit.ViTConfig) -> None:
     require(not config.resume, "the hand-written peers have no --resume")
     require(config.gradient_accumulation_steps == 1, "the hand-written peers have no --gradient-accumulation-steps")
     published = vit.ViTConfig()
-    for name in NOT_IN_PEERS:
+    for name in BEFORE_RECIPES:
         value, default = getattr(config, name), getattr(published, name)
         require(value == default, f"the hand-written peers have no {flag(name)} {value}, only {default}")
 

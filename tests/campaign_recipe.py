@@ -99,27 +99,19 @@ def run(out: Path, backend: str, variant: str, seed: int, epochs: int, core: int
     folder = folder_of(out, backend, variant, epochs) / str(seed)
     if accuracy(folder) is not None:
         return
-    flags = [
-        *SIZE.split(),
+    flags = [*SIZE.split(), *variants()[variant], "--num-epochs", str(epochs), "--seed", str(seed), "--device", "cpu"]
+    flags += [
         "--keras-backend",
         backend,
-        "--seed",
-        str(seed),
-        "--num-epochs",
-        str(epochs),
-        *variants()[variant],
+        "--dataset",
+        str(out / "images.npz"),
+        "--no-use-wandb",
+        "--measure-seconds",
+        "0",
     ]
-    flags += ["--dataset", str(out / "images.npz"), "--no-use-wandb", "--measure-seconds", "0", "--device", "cpu"]
     flags += ["--results-dir", str(folder), "--checkpoint-path", str(folder / "best.weights.h5")]
-    command = [sys.executable, str(Path(vit.__file__)), *flags]
-    environment = {**os.environ, "KERAS_BACKEND": backend}
-    done = subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    )
+    command = ["taskset", "--cpu-list", str(core), sys.executable, str(Path(vit.__file__)), *flags]
+    done = subprocess.run(command, env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True)
     found = accuracy(folder)
     print(f"{backend}, {variant}, seed {seed}: {'failed' if found is None else f'{found:.1%}'}", flush=True)
     if found is None:

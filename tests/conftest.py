@@ -187,6 +187,17 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> Run:
     return Run(process.returncode, stdout, stderr)
 
 
+def weights_in(path: Path) -> dict[str, np.ndarray]:
+    """Every array of a weights file; it cannot be read unless it is whole."""
+    import h5py
+
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    assert found
+    return found
+
+
 def only_results(folder: Path) -> dict:
     """The one result file of a folder, which follows its schema."""
     import jsonschema

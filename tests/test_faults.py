@@ -14,26 +14,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import INSTALLED, TINY, Run, finish, only_results, wait_for_line
+from conftest import INSTALLED, TINY, Run, finish, only_results, wait_for_line, weights_in
 from test_wandb import records
 
 import vit
 from edgebench import cli, energy, files, load, resume, timing
 
+MODERN = "--recipe modern --warmup-epochs 1 --ema 0.9"  # an average, a schedule and mixed images
 SMALL = f"--dataset synthetic {TINY} --checkpoint-path a.weights.h5"
-
-
-def weights_in(path: Path) -> dict[str, np.ndarray]:
-    """Every array of a weights file; it cannot be read unless it is whole."""
-    found = {}
-    with h5py.File(path) as file:
-        file.visititems(lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
-    assert found
-    return found
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -87,13 +78,14 @@ def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, sta
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype_policy"),
+    ("backend", "more"),
     [
-        *(pytest.param(n, "float32", marks=[] if n == "jax" else pytest.mark.slow) for n in INSTALLED),
-        pytest.param("jax", "mixed_float16", marks=pytest.mark.slow),
+        *(pytest.param(n, "", marks=[] if n == "jax" else pytest.mark.slow) for n in INSTALLED),
+        pytest.param("jax", "--dtype-policy mixed_float16", marks=pytest.mark.slow),
+        *(pytest.param(n, MODERN, marks=[] if n == "jax" else pytest.mark.slow) for n in INSTALLED),
     ],
 )
-def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, dtype_policy, start_vit, run_vit, tmp_path):
+def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, more, start_vit, run_vit, tmp_path):
     """SIGKILL after two epochs: the same weights bit for bit, the same history, the same test figures.
 
     An epoch ends with small batches that do not fill a whole one. The checkpoint may be removed in between, although no
@@ -103,7 +95,7 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, dtype_po
 
     def flags(name: str) -> list[str]:
         run = f"--dataset synthetic --no-use-wandb {TINY} --num-epochs 3 --keras-backend {backend} --resume"
-        run += f" --batch-size 96 --gradient-accumulation-steps 3 --dtype-policy {dtype_policy}"
+        run += f" --batch-size 96 --gradient-accumulation-steps 3 {more}"
         return [*run.split(), f"--checkpoint-path={paths[name]}", f"--results-dir={paths[name].parent}"]
 
     killed = start_vit(*flags("killed"))
@@ -114,7 +106,9 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, dtype_po
     assert whole.status == 0 and "starting anew" in whole.stdout, whole
     assert len(list(paths["killed"].parent.glob("a.*.resume.npz"))) == 1
 
-    if (backend, dtype_policy) == (INSTALLED[0], "float32"):
+    if more == MODERN:
+        assert "has --num-epochs 3 (not 4)" in run_vit(*flags("killed"), "--num-epochs", "4").error_line
+    if (backend, more) == (INSTALLED[0], ""):
         refused = run_vit(*flags("killed"), "--learning-rate", "0.002")
         assert "has --learning-rate 0.001 (not 0.002)" in refused.error_line
         assert "2 epochs are done" in run_vit(*flags("killed"), "--num-epochs", "1").error_line
