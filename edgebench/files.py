@@ -49,11 +49,16 @@ class WeightsFile:
         self._written: tuple[int, ...] | None = None
 
     def write(self, model) -> None:
-        """Write the weights of a Keras model; where that fails, a warning says why."""
+        """Write the weights of a functional Keras model; where that fails, a warning says why.
+
+        The state of the optimizer is left out: a resumed run may have that of a later epoch only, and keeps it elsewhere.
+        """
+        import keras  # not above, because the settings are checked before Keras is imported
+
         self._written = None
         try:
             file = InMemoryWeights()
-            model.save_weights(file)
+            keras.Model(model.inputs, model.outputs).save_weights(file)
             with replacing(self.path) as scratch:
                 scratch.write_bytes(file.getbuffer())
             self._written = _version(self.path)
