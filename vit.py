@@ -40,8 +40,9 @@ RECIPES = {
     "modern": {
         **{"image_size": 32, "patch_size": 4, "projection_dim": 128, "transformer_layers": 9, "head": "mean"},
         **{"mlp_head_units": [], "attention_dropout": 0.0, "stochastic_depth": 0.1, "num_epochs": 100},
-        **{"learning_rate_schedule": "cosine", "warmup_epochs": 5.0, "weight_decay": 0.05, "label_smoothing": 0.1},
-        **{"ema": 0.999, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25, "rand_augment": 5.0},
+        **{"learning_rate": 0.002, "learning_rate_schedule": "cosine", "warmup_epochs": 5.0},
+        **{"weight_decay": 0.05, "label_smoothing": 0.1},
+        **{"ema": 0.999, "mixup": 0.1, "cutmix": 0.2, "random_erasing": 0.1, "rand_augment": 2.0},
     },
 }
 # Of --help, by the first flag below each.
@@ -96,9 +97,9 @@ class ViTConfig:
     ema: float = 0.0
     """Momentum, a step, of the moving average of the weights that is evaluated and kept; 0 for none."""
     mixup: float = 0.0
-    """Alpha of Mixup, which blends two images and their labels; 0 for none."""
+    """Share of the images that are blended with another one, as are their labels."""
     cutmix: float = 0.0
-    """Alpha of CutMix, which puts a part of one image into another; 0 for none. With mixup a coin decides."""
+    """Share of the images that get a part of another one, and as much of its label."""
     random_erasing: float = 0.0
     """Share of the images that lose a random rectangle."""
     rand_augment: float = 0.0

@@ -15,6 +15,7 @@ from edgebench.cli import flag, require
 from edgebench.datasets import ShuffledBatches
 
 COLOUR_OPERATIONS_PER_IMAGE = 2  # N of RandAugment
+MIXUP_ALPHA = 0.8  # of the beta distribution of an image's share; that of CutMix is 1, so any share is as likely
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # as shares of an image's area, and height by width
 
 
@@ -23,10 +24,10 @@ class Mixing:
     """How images and labels are changed; 0 leaves one out.
 
     `label_smoothing` is the share of a label that is spread evenly over all classes: here and not in the loss, so that the
-    losses of validation and test stay cross-entropies. `mixup` and `cutmix` are the alphas of their beta distributions,
-    `random_erasing` is the share of the images that lose a rectangle, `rand_augment` a magnitude of 0 to 10. Sources: Zhang
-    et al. 2018 (Mixup), Yun et al. 2019 (CutMix), Zhong et al. 2020 (erasing), Cubuk et al. 2020 (RandAugment, here without
-    its geometry, equalizing and sharpening).
+    losses of validation and test stay cross-entropies. `mixup`, `cutmix` and `random_erasing` are the shares of the images
+    that are blended, cut and erased, `rand_augment` is a magnitude of 0 to 10. Sources: Zhang et al. 2018 (Mixup), Yun et
+    al. 2019 (CutMix), Zhong et al. 2020 (erasing), Cubuk et al. 2020 (RandAugment, here without its geometry, equalizing
+    and sharpening).
     """
 
     label_smoothing: float = 0.0
@@ -98,33 +99,36 @@ def boxes(centers: np.ndarray, heights: np.ndarray, widths: np.ndarray, shape: t
 def mix(
     images: np.ndarray, labels: np.ndarray, mixup: float, cutmix: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mix every image with another one of the batch: by Mixup or by CutMix, a coin decides where both are wanted."""
-    count, (height, width) = len(images), images.shape[1:3]
-    partner = rng.permutation(count)
-    cuts = rng.random(count) < (0.5 if mixup and cutmix else float(cutmix > 0))
-    share = np.where(cuts, rng.beta(cutmix or 1, cutmix or 1, count), rng.beta(mixup or 1, mixup or 1, count))
+    """Mix images with another one of the batch: blend a share `mixup` of them, and cut a part into a share `cutmix`."""
+    draw, partner = rng.random(len(images)), rng.permutation(len(images))
+    chosen = np.flatnonzero(draw < mixup + cutmix)
+    cuts, partner = draw[chosen] < cutmix, partner[chosen]
+    share = np.where(cuts, rng.random(len(chosen)), rng.beta(MIXUP_ALPHA, MIXUP_ALPHA, len(chosen)))
     side = np.sqrt(1 - share)
-    weight = np.broadcast_to(share[:, None, None], (count, height, width))
-    box = boxes(rng.random((2, count)), side, side, (height, width))
-    weight = np.where(cuts[:, None, None], ~box, weight)[..., None].astype(np.float32)
-    mixed = images * weight + images[partner] * (1 - weight)
-    if images.dtype == np.uint8:
-        mixed = np.rint(mixed)
+    box = boxes(rng.random((2, len(chosen))), side, side, images.shape[1:3])
+    weight = np.where(cuts[:, None, None], ~box, share[:, None, None])[..., None].astype(np.float32)
+    mixed = images[chosen] * weight + images[partner] * (1 - weight)
+    mixed = np.rint(mixed) if images.dtype == np.uint8 else mixed
     # A box that is cut off at the edge takes less of the other image.
     of_label = weight.mean((1, 2), dtype=np.float32)
-    return mixed.astype(images.dtype), labels * of_label + labels[partner] * (1 - of_label)
+    mixed_labels = labels[chosen] * of_label + labels[partner] * (1 - of_label)
+    images, labels = images.copy(), labels.copy()
+    images[chosen], labels[chosen] = mixed, mixed_labels
+    return images, labels
 
 
 def erase(images: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """Replace a random rectangle in a `share` of the images by random bytes."""
-    count, shape = len(images), images.shape[1:3]
+    chosen = np.flatnonzero(rng.random(len(images)) < share)
+    count, shape = len(chosen), images.shape[1:3]
     area = rng.uniform(*ERASED_AREA, count)
     aspect = np.exp(rng.uniform(*np.log(ERASED_ASPECT), count))
     sides = np.sqrt([area * aspect, area / aspect]).clip(max=1)
     erased = boxes(sides / 2 + rng.random((2, count)) * (1 - sides), *sides, shape)  # inside the image
-    erased &= (rng.random(count) < share)[:, None, None]
-    noise = np.frombuffer(rng.bytes(images.size), np.uint8).reshape(images.shape)
-    return np.where(erased[..., None], noise, images)
+    images = images.copy()
+    noise = np.frombuffer(rng.bytes(images[chosen].size), np.uint8).reshape(images[chosen].shape)
+    images[chosen] = np.where(erased[..., None], noise, images[chosen])
+    return images
 
 
 def change_colours(images: np.ndarray, magnitude: float, rng: np.random.Generator) -> np.ndarray:

@@ -14,6 +14,7 @@ POSITIVE = (
     *("mlp_head_units", "batch_size", "gradient_accumulation_steps", "num_epochs"),
 )
 SHARE = (0, 1, "lie in [0, 1)")
+ALL_OR_LESS = (0, math.nextafter(1, 2), "lie in [0, 1]")
 NOT_NEGATIVE = (0, math.inf, "be finite and not negative")
 INTERVALS = {  # [low, high)
     "attention_dropout": SHARE,
@@ -21,10 +22,10 @@ INTERVALS = {  # [low, high)
     "validation_split": SHARE,
     "label_smoothing": SHARE,
     "ema": SHARE,
-    "random_erasing": (0, math.nextafter(1, 2), "lie in [0, 1]"),
+    "random_erasing": ALL_OR_LESS,
     "rand_augment": (0, math.nextafter(10, 11), "lie in [0, 10]"),
-    "mixup": NOT_NEGATIVE,
-    "cutmix": NOT_NEGATIVE,
+    "mixup": ALL_OR_LESS,
+    "cutmix": ALL_OR_LESS,
     "learning_rate": (sys.float_info.min, math.inf, "be positive and finite"),
     "warmup_epochs": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
@@ -43,6 +44,8 @@ def check(config: Any) -> None:
     for name, (low, high, text) in INTERVALS.items():
         value = getattr(config, name)
         require(low <= value < high, f"{flag(name)} must {text}, not {value}")
+    mixed = config.mixup + config.cutmix
+    require(mixed <= 1, f"--mixup and --cutmix are shares of the same images, and must not add up to {mixed}")
     patch, image = config.patch_size, config.image_size
     require(patch <= image, f"--patch-size {patch} is larger than --image-size {image}")
     batch, parts = config.batch_size, config.gradient_accumulation_steps

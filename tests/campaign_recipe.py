@@ -1,12 +1,13 @@
 """Measure what each element of the modern recipe brings by itself, and both recipes on every backend.
 
     python tests/campaign_recipe.py CIFAR100.npz OUT                  # hours on two cores; a second call goes on
-    python tests/campaign_recipe.py CIFAR100.npz OUT --seeds 5
+    python tests/campaign_recipe.py CIFAR100.npz OUT --seeds 5 --tasks short
     python tests/campaign_recipe.py CIFAR100.npz OUT --report         # only the tables of what has been run
 
-CIFAR100.npz holds x_train, y_train, x_test and y_test. The task is its first twenty classes: 10,000 training images, of which
-a tenth is set apart to choose the epoch, and 2,000 test images. Seed k of every variant has the same split and the same order of the
-images, so that variants are compared in pairs. Each run has a core of its own. The intervals are not corrected for their number.
+CIFAR100.npz holds x_train, y_train, x_test and y_test. A task is its first twenty classes, and trains on some of their training
+images, a tenth of which is set apart to choose the epoch; the others join the test images. Seed k of every variant has the same
+split and the same order of the images, so that variants are compared in pairs. Each run has a core of its own. The intervals are
+not corrected for their number.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -30,15 +31,11 @@ from edgebench.cli import BACKENDS, flag, is_installed
 from edgebench.compare.statistics import paired
 
 CLASSES = 20
-# The model, the same in both recipes: below one million parameters with either head.
-SIZE = "--image-size 32 --patch-size 8 --projection-dim 64 --num-heads 2 --transformer-layers 4 --batch-size 64"
-PUBLISHED_HEAD = ["--mlp-head-units", "128"]  # with the published 2048 and 1024 the head alone has 10 million
-SHORT = {"warmup_epochs": 3.0}  # a tenth of the run
+BASE, MODERN = "base", "modern"
 ELEMENTS = {
-    "learning rate: cosine, warm-up": ("learning_rate_schedule", "warmup_epochs"),
+    "learning rate: cosine, warm-up, higher": ("learning_rate", "learning_rate_schedule", "warmup_epochs"),
     "weight decay": ("weight_decay",),
     "head: mean of the tokens": ("head", "mlp_head_units"),
-    "no attention dropout": ("attention_dropout",),
     "stochastic depth": ("stochastic_depth",),
     "label smoothing": ("label_smoothing",),
     "average of the weights": ("ema",),
@@ -47,111 +44,163 @@ ELEMENTS = {
     "random erasing": ("random_erasing",),
     "RandAugment (colours)": ("rand_augment",),
 }
-MODERN = {name: value for name, value in vit.RECIPES["modern"].items() if flag(name) not in SIZE.split()} | SHORT
-MODERN.pop("num_epochs")
 
 
-def flags_of(values: dict) -> list[str]:
-    """The flags that set these values."""
-    texts = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-    return [word for name, items in texts.items() for word in (flag(name), *map(str, items))]
+@dataclass(frozen=True)
+class Task:
+    """What is trained; its base is the published recipe with some flags, and every element is added to that.
+
+    The model, below a million parameters, is the same in all variants but for its head. `own` are values of the modern recipe
+    that depend on the length of the training.
+    """
+
+    images_per_class: int
+    size: dict
+    base: dict
+    own: dict
+    elements: tuple[str, ...] = tuple(ELEMENTS)
+    has_recipes: bool = True  # runs the modern recipe as well, and both on every backend
+
+    def variants(self) -> dict[str, dict]:
+        """The flags of every variant by its name."""
+        modern = {name: value for name, value in vit.RECIPES["modern"].items() if name not in self.size} | self.own
+        alone = {name: self.base | {each: modern[each] for each in ELEMENTS[name]} for name in self.elements}
+        return {BASE: self.base, **alone} | ({MODERN: modern} if self.has_recipes else {})
 
 
-def variants() -> dict[str, list[str]]:
-    """The flags of every variant by its name."""
-    single = {
-        name: [
-            *([] if "mlp_head_units" in names else PUBLISHED_HEAD),
-            *flags_of({each: MODERN[each] for each in names}),
-        ]
-        for name, names in ELEMENTS.items()
-    }
-    return {"published": PUBLISHED_HEAD, **single, "modern": flags_of(MODERN)}
+def size(width: int, blocks: int, batch_size: int, epochs: int) -> dict:
+    """The flags that all variants of a task have."""
+    model = {"image_size": 32, "patch_size": 8, "projection_dim": width, "num_heads": 2, "transformer_layers": blocks}
+    return model | {"batch_size": batch_size, "num_epochs": epochs}
 
 
-def prepare(source: Path, path: Path) -> None:
-    """Write the images of the first classes of `source` to `path`."""
-    arrays = {}
+TASKS = {
+    # With the published head of 2048 and 1024 units, the head alone would have 10 million parameters.
+    "short": Task(300, size(64, 4, 64, 30), base={"mlp_head_units": [128]}, own={"warmup_epochs": 3.0, "ema": 0.995}),
+    # Without regularization the model learns most of its training images by heart; with it, stronger values pay.
+    "overfitting": Task(
+        125,
+        size(48, 3, 32, 120),
+        base={"head": "mean", "mlp_head_units": []},
+        own={"warmup_epochs": 10.0, "mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.25, "rand_augment": 5.0},
+        elements=("stochastic depth", "label smoothing", "Mixup", "CutMix", "random erasing", "RandAugment (colours)"),
+        has_recipes=False,
+    ),
+}
+
+
+def prepare(source: Path, path: Path, images_per_class: int) -> None:
+    """Write the images of a task to `path`."""
     with np.load(source) as data:
-        for part in ("train", "test"):
-            labels = data[f"y_{part}"].ravel()
-            chosen = labels < CLASSES
-            arrays |= {f"x_{part}": data[f"x_{part}"][chosen], f"y_{part}": labels[chosen]}
-    np.savez(path, **arrays)
+        x_train, x_test, y_train, y_test = (
+            data["x_train"],
+            data["x_test"],
+            data["y_train"].ravel(),
+            data["y_test"].ravel(),
+        )
+    is_trained_on = np.zeros(len(y_train), bool)
+    for label in range(CLASSES):
+        is_trained_on[np.flatnonzero(y_train == label)[:images_per_class]] = True
+    others, test = ~is_trained_on & (y_train < CLASSES), y_test < CLASSES
+    x_test, y_test = (
+        np.concatenate(both) for both in ((x_test[test], x_train[others]), (y_test[test], y_train[others]))
+    )
+    np.savez(path, x_train=x_train[is_trained_on], y_train=y_train[is_trained_on], x_test=x_test, y_test=y_test)
 
 
-def folder_of(out: Path, backend: str, variant: str, epochs: int) -> Path:
-    """Where the runs of a variant have their folders, one for each seed."""
-    return out / f"{epochs}-epochs" / backend / re.sub("[^a-zA-Z]+", "-", variant).strip("-")
+@dataclass(frozen=True)
+class Job:
+    """One run; its folder is below `out`."""
+
+    out: Path
+    task: str
+    backend: str
+    variant: str
+    seed: int
+
+    @property
+    def images(self) -> Path:
+        return self.out / _as_name(self.task) / "images.npz"
+
+    @property
+    def folder(self) -> Path:
+        return self.images.parent / self.backend / _as_name(self.variant) / str(self.seed)
+
+    def accuracy(self) -> float | None:
+        """Of the test; None where the run is not complete."""
+        for path in self.folder.glob("*.json"):
+            results = json.loads(path.read_text())
+            if results["status"] == "complete":
+                return results["quality"]["test"]["test_accuracy"]
+        return None
+
+    def run(self, core: int) -> None:
+        """Run it on this core, unless it has been run."""
+        if self.accuracy() is not None:
+            return
+        task = TASKS[self.task]
+        flags = task.size | task.variants()[self.variant] | {"seed": self.seed, "device": "cpu", "measure_seconds": 0}
+        flags |= {"keras_backend": self.backend, "dataset": self.images}
+        flags |= {"results_dir": self.folder, "checkpoint_path": self.folder / "best.weights.h5"}
+        words = [word for name, value in flags.items() for word in (flag(name), *_words(value))]
+        command = ["taskset", "--cpu-list", str(core), sys.executable, vit.__file__, *words, "--no-use-wandb"]
+        done = subprocess.run(command, env=os.environ | {"KERAS_BACKEND": self.backend}, capture_output=True, text=True)
+        accuracy = self.accuracy()
+        found = done.stderr[-500:] if accuracy is None else f"{accuracy:.1%}"
+        print(f"{self.task}, {self.backend}, {self.variant}, seed {self.seed}: {found}", flush=True)
 
 
-def accuracy(folder: Path) -> float | None:
-    """The accuracy on the test images of the run that has its results in `folder`; None where it is not complete."""
-    for path in folder.glob("*.json"):
-        results = json.loads(path.read_text())
-        if results["status"] == "complete":
-            return results["quality"]["test"]["test_accuracy"]
-    return None
+def _as_name(text: str) -> str:
+    return re.sub("[^a-zA-Z]+", "-", text).strip("-")
 
 
-def run(out: Path, backend: str, variant: str, seed: int, epochs: int, core: int) -> None:
-    """Run one variant on one core, unless it has been run."""
-    folder = folder_of(out, backend, variant, epochs) / str(seed)
-    if accuracy(folder) is not None:
-        return
-    flags = [*SIZE.split(), *variants()[variant], "--num-epochs", str(epochs), "--seed", str(seed), "--device", "cpu"]
-    flags += [
-        "--keras-backend",
-        backend,
-        "--dataset",
-        str(out / "images.npz"),
-        "--no-use-wandb",
-        "--measure-seconds",
-        "0",
-    ]
-    flags += ["--results-dir", str(folder), "--checkpoint-path", str(folder / "best.weights.h5")]
-    command = ["taskset", "--cpu-list", str(core), sys.executable, str(Path(vit.__file__)), *flags]
-    done = subprocess.run(command, env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True)
-    found = accuracy(folder)
-    print(f"{backend}, {variant}, seed {seed}: {'failed' if found is None else f'{found:.1%}'}", flush=True)
-    if found is None:
-        print(done.stderr[-500:], flush=True)
+def _words(value) -> list[str]:
+    return list(map(str, value if isinstance(value, list) else [value]))
 
 
-def read(out: Path, seeds: int, epochs: int) -> dict[tuple[str, str], dict[int, float]]:
-    """The accuracies that have been measured, by backend and variant, then by seed."""
+def jobs_of(out: Path, task: str, seeds: int) -> list[Job]:
+    """All runs of a task, the first seed's first."""
+    variants = [(BACKENDS[0], variant) for variant in TASKS[task].variants()]
+    if TASKS[task].has_recipes:
+        others = [backend for backend in BACKENDS[1:] if is_installed(backend)]
+        variants += [(backend, variant) for backend in others for variant in (BASE, MODERN)]
+    return [Job(out, task, *variant, seed) for seed in range(seeds) for variant in variants]
+
+
+def run_all(jobs: list[Job]) -> None:
+    """Run the jobs, one on each core at a time."""
+    cores: SimpleQueue[int] = SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
+
+    def work(job: Job) -> None:
+        core = cores.get()
+        try:
+            job.run(core)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        list(pool.map(work, jobs))
+
+
+def print_table(jobs: list[Job]) -> None:
+    """Print every variant's accuracy, and by how many points it is above the base on its backend."""
     found: dict[tuple[str, str], dict[int, float]] = {}
-    for backend in BACKENDS:
-        for variant in variants():
-            folder = folder_of(out, backend, variant, epochs)
-            all_seeds = {seed: accuracy(folder / str(seed)) for seed in range(seeds)}
-            if values := {seed: value for seed, value in all_seeds.items() if value is not None}:
-                found[backend, variant] = values
-    return found
-
-
-def difference(a: dict[int, float], b: dict[int, float]) -> str:
-    """By how many points `b` is above `a`, over the seeds that both have, with the 95 % interval."""
-    estimate = paired([100 * (b[seed] - a[seed]) for seed in sorted(a.keys() & b.keys())])
-    if estimate is None:
-        return "–"
-    low, high = estimate.interval(0.05)
-    return f"{estimate.mean:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def print_tables(found: dict[tuple[str, str], dict[int, float]]) -> None:
-    """Print each element beside the published recipe, and both recipes on every backend."""
-
-    def mean(values: Sequence[float]) -> str:
-        return f"{100 * statistics.fmean(values):.1f} ({', '.join(f'{100 * value:.1f}' for value in values)})"
-
+    for job in jobs:
+        if (accuracy := job.accuracy()) is not None:
+            found.setdefault((job.backend, job.variant), {})[job.seed] = 100 * accuracy
     print(
-        "\n| backend | variant | test accuracy, % (each seed) | against the published recipe, points |\n| --- | --- | --- | --- |"
+        "\n| backend | variant | test accuracy, % (each seed) | above the base, points (95 % interval) |\n| --- | --- | --- | --- |"
     )
     for (backend, variant), values in found.items():
-        base = found.get((backend, "published"), {})
-        against = "" if variant == "published" else difference(base, values)
-        print(f"| {backend} | {variant} | {mean([*values.values()])} | {against} |")
+        base = found.get((backend, BASE), {})
+        estimate = paired([values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())])
+        above = ""
+        if estimate and variant != BASE:
+            above = "{:+.1f} ({:+.1f} to {:+.1f})".format(estimate.mean, *estimate.interval(0.05))
+        each = ", ".join(f"{value:.1f}" for value in values.values())
+        print(f"| {backend} | {variant} | {statistics.fmean(values.values()):.1f} ({each}) | {above} |")
 
 
 def main() -> None:
@@ -160,34 +209,16 @@ def main() -> None:
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not args.report:
-        prepare(args.images, args.out / "images.npz")
-        others = [backend for backend in BACKENDS[1:] if is_installed(backend)]
-        jobs = [(BACKENDS[0], name, seed) for seed in range(args.seeds) for name in variants()]
-        jobs += [
-            (backend, name, seed)
-            for seed in range(args.seeds)
-            for backend in others
-            for name in ("published", "modern")
-        ]
-        cores: SimpleQueue[int] = SimpleQueue()
-        for core in sorted(os.sched_getaffinity(0)):
-            cores.put(core)
-
-        def work(job: tuple[str, str, int]) -> None:
-            core = cores.get()
-            try:
-                run(args.out, *job, args.epochs, core)
-            finally:
-                cores.put(core)
-
-        with ThreadPoolExecutor(cores.qsize()) as pool:
-            list(pool.map(work, jobs))
-    print_tables(read(args.out, args.seeds, args.epochs))
+    for task in args.tasks:
+        jobs = jobs_of(args.out, task, args.seeds)
+        if not args.report:
+            jobs[0].images.parent.mkdir(parents=True, exist_ok=True)
+            prepare(args.images, jobs[0].images, TASKS[task].images_per_class)
+            run_all(jobs)
+        print_table(jobs)
 
 
 if __name__ == "__main__":
