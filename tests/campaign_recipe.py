@@ -32,8 +32,9 @@ from edgebench.compare.statistics import paired
 
 CLASSES = 20
 BASE, MODERN = "base", "modern"
+RATE, IMAGES = "learning rate: cosine, warm-up, higher", "Mixup, CutMix, random erasing, RandAugment"
 ELEMENTS = {
-    "learning rate: cosine, warm-up, higher": ("learning_rate", "learning_rate_schedule", "warmup_epochs"),
+    RATE: ("learning_rate", "learning_rate_schedule", "warmup_epochs"),
     "weight decay": ("weight_decay",),
     "head: mean of the tokens": ("head", "mlp_head_units"),
     "stochastic depth": ("stochastic_depth",),
@@ -44,6 +45,9 @@ ELEMENTS = {
     "random erasing": ("random_erasing",),
     "RandAugment (colours)": ("rand_augment",),
 }
+
+
+DEFAULTS = vit.ViTConfig().as_json()
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,20 @@ class Task:
     base: dict
     own: dict
     elements: tuple[str, ...] = tuple(ELEMENTS)
+    left_out: tuple[str, ...] = ()  # of the modern recipe, one at a time
     has_recipes: bool = True  # runs the modern recipe as well, and both on every backend
 
     def variants(self) -> dict[str, dict]:
         """The flags of every variant by its name."""
         modern = {name: value for name, value in vit.RECIPES["modern"].items() if name not in self.size} | self.own
         alone = {name: self.base | {each: modern[each] for each in ELEMENTS[name]} for name in self.elements}
-        return {BASE: self.base, **alone} | ({MODERN: modern} if self.has_recipes else {})
+        recipes = {BASE: self.base} | ({MODERN: modern} if self.has_recipes else {})
+        groups = ELEMENTS | {IMAGES: ("mixup", "cutmix", "random_erasing", "rand_augment")}
+        without = {
+            f"{MODERN} without {name}": modern | {each: DEFAULTS[each] for each in groups[name]}
+            for name in self.left_out
+        }
+        return recipes | alone | without
 
 
 def size(width: int, blocks: int, batch_size: int, epochs: int) -> dict:
@@ -76,11 +87,17 @@ def size(width: int, blocks: int, batch_size: int, epochs: int) -> dict:
 
 TASKS = {
     # With the published head of 2048 and 1024 units, the head alone would have 10 million parameters.
-    "short": Task(300, size(64, 4, 64, 30), base={"mlp_head_units": [128]}, own={"warmup_epochs": 3.0, "ema": 0.995}),
+    "short": Task(
+        300,
+        size(64, 4, 64, 30),
+        base={"mlp_head_units": [128]},
+        own={"warmup_epochs": 3.0, "ema": 0.995},
+        left_out=(RATE, IMAGES),
+    ),
     # Without regularization the model learns most of its training images by heart; with it, stronger values pay.
     "overfitting": Task(
         125,
-        size(48, 3, 32, 120),
+        size(48, 3, 32, 100),
         base={"head": "mean", "mlp_head_units": []},
         own={"warmup_epochs": 10.0, "mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.25, "rand_augment": 5.0},
         elements=("stochastic depth", "label smoothing", "Mixup", "CutMix", "random erasing", "RandAugment (colours)"),
