@@ -40,7 +40,6 @@ RECIPES = {
     "modern": {
         **{"image_size": 32, "patch_size": 4, "projection_dim": 128, "transformer_layers": 9, "head": "mean"},
         **{"mlp_head_units": [], "attention_dropout": 0.0, "stochastic_depth": 0.1, "num_epochs": 100},
-        **{"learning_rate": 0.002, "learning_rate_schedule": "cosine", "warmup_epochs": 5.0},
         **{"weight_decay": 0.05, "label_smoothing": 0.1},
         **{"ema": 0.999, "mixup": 0.1, "cutmix": 0.2, "random_erasing": 0.1, "rand_augment": 2.0},
     },

@@ -26,7 +26,7 @@ from edgebench import cli, energy, files, load, resume, timing
 FIRST_IS_BEST = (
     "--learning-rate 1e-12"  # no epoch changes the accuracy, and the resumed process writes the weights of another one
 )
-MODERN = "--recipe modern --warmup-epochs 1 --ema 0.9"  # an average, a schedule and mixed images
+MODERN = "--recipe modern --learning-rate-schedule cosine --warmup-epochs 1 --ema 0.9"  # an average, a schedule and mixed images
 SMALL = f"--dataset synthetic {TINY} --checkpoint-path a.weights.h5"
 
 

@@ -43,10 +43,8 @@ def test_the_modern_recipe_trains_and_the_file_holds_the_weights_that_were_evalu
     backend, run_vit, digits, tmp_path
 ):
     """The average of the weights on real digits, evaluated here from the file; the training is measured as well."""
-    flags = (
-        f"--no-use-wandb {TINY} --recipe modern --num-epochs 10 --warmup-epochs 2 --keras-backend {backend} --ema 0.9"
-    )
-    flags += " --measure-seconds 2 --learning-rate 0.003 --mlp-head-units --image-size 8 --patch-size 2 --checkpoint-path a.weights.h5"
+    flags = f"--no-use-wandb {TINY} --recipe modern --num-epochs 10 --keras-backend {backend} --ema 0.9"
+    flags += " --learning-rate-schedule cosine --warmup-epochs 2 --measure-seconds 2 --learning-rate 0.003 --mlp-head-units --image-size 8 --patch-size 2 --checkpoint-path a.weights.h5"
     run = run_vit(*flags.split(), "--dataset", str(digits))
     assert run.status == 0, run
     results = only_results(tmp_path)
@@ -187,10 +185,9 @@ def test_images_that_are_not_bytes_and_a_warm_up_without_end_are_refused_in_one_
     np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     flags = f"{TINY} --no-use-wandb --dataset a.npz --recipe modern".split()
     assert "bytes (uint8), not float32, for --random-erasing and --rand-augment" in run_vit(*flags).error_line
-    assert "--warmup-epochs 5.0 leaves none of --num-epochs 5" in run_vit(*flags, "--num-epochs", "5").error_line
-    assert (
-        "5.0 needs --learning-rate-schedule cosine" in run_vit(*flags, "--learning-rate-schedule=constant").error_line
-    )
+    cosine = ["--learning-rate-schedule=cosine", "--warmup-epochs=5"]
+    assert "--warmup-epochs 5.0 leaves none of --num-epochs 5" in run_vit(*flags, *cosine, "--num-epochs=5").error_line
+    assert "5.0 needs --learning-rate-schedule cosine" in run_vit(*flags, cosine[1]).error_line
     with pytest.raises(ExperimentError, match="--rand-augment must lie in"):
         settings.check(
             vit.ViTConfig(rand_augment=11.0, results_dir=tmp_path, checkpoint_path=tmp_path / "a.weights.h5")
@@ -201,7 +198,7 @@ def test_images_that_are_not_bytes_and_a_warm_up_without_end_are_refused_in_one_
 def test_a_run_of_the_modern_recipe_can_be_deployed(run_vit, digits, tmp_path):
     """Its loss on the test images is the recorded one, and onnxruntime gives Keras' answers."""
     pytest.importorskip("onnxruntime", reason="the extra export is not installed")
-    flags = f"--no-use-wandb {TINY} --recipe modern --num-epochs 2 --warmup-epochs 1 --ema 0.9 --checkpoint-path a.weights.h5"
+    flags = f"--no-use-wandb {TINY} --recipe modern --num-epochs 2 --ema 0.9 --checkpoint-path a.weights.h5"
     assert run_vit(*flags.split(), "--dataset", str(digits)).status == 0
     (results,) = (tmp_path / "results").glob("*.json")
     command = [sys.executable, str(ROOT / "export.py"), str(results), "--format", "onnx", "--measure-seconds", "0.1"]

@@ -21,11 +21,12 @@ BEFORE_RECIPES |= dict.fromkeys(("stochastic_depth", "warmup_epochs", "label_smo
 BEFORE_RECIPES |= dict.fromkeys(("mixup", "cutmix", "random_erasing", "rand_augment"), "0.0")
 SET_BY_A_RECIPE = (
     *("image_size", "patch_size", "projection_dim", "transformer_layers", "mlp_head_units", "attention_dropout"),
-    *("learning_rate", "weight_decay", "num_epochs", *BEFORE_RECIPES),
+    *("weight_decay", "num_epochs", "head", "stochastic_depth", "label_smoothing", "ema"),
+    *("mixup", "cutmix", "random_erasing", "rand_augment"),
 )
 FIELD_RULES = {
     **dict.fromkeys(MODEL, MUST_AGREE),
-    **dict.fromkeys(("batch_size", "augmentation", *SET_BY_A_RECIPE), MUST_AGREE),
+    **dict.fromkeys(("learning_rate", "batch_size", "augmentation", *BEFORE_RECIPES, *SET_BY_A_RECIPE), MUST_AGREE),
     "recipe": CANNOT_MATTER,  # a name for values of those fields
     **dict.fromkeys(("gradient_accumulation_steps", "validation_split", "dataset"), MUST_AGREE),
     "resume": CANNOT_MATTER,  # only if the run was resumed, which `resumed` below tells
