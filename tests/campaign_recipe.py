@@ -1,6 +1,6 @@
 """Measure what each element of the modern recipe brings by itself, and both recipes on every backend.
 
-    python tests/campaign_recipe.py CIFAR100.npz OUT                  # hours on two cores; a second call goes on
+    python tests/campaign_recipe.py CIFAR100.npz OUT                  # two hours on two cores; a second call goes on
     python tests/campaign_recipe.py CIFAR100.npz OUT --seeds 5 --tasks short
     python tests/campaign_recipe.py CIFAR100.npz OUT --report         # only the tables of what has been run
 
