@@ -82,9 +82,8 @@ def steps(
         except Exception:  # with an average of the weights, Keras on JAX hides a signal behind an error of its own
             raise_if_stopped()
             raise
-        if averages(
-            model
-        ):  # `fit` ends with them in the weights: on JAX in the same memory, which a next step takes over twice
+        # `fit` ends with the averages in the weights: on JAX in the same memory, which a next step takes over twice.
+        if averages(model):
             assign_copies(variables, before)
 
     timer = StepTimer(budget_s, batches_per_step, raise_if_stopped)

@@ -125,9 +125,9 @@ def erase(images: np.ndarray, share: float, rng: np.random.Generator) -> np.ndar
     aspect = np.exp(rng.uniform(*np.log(ERASED_ASPECT), count))
     sides = np.sqrt([area * aspect, area / aspect]).clip(max=1)
     erased = boxes(sides / 2 + rng.random((2, count)) * (1 - sides), *sides, shape)  # inside the image
-    images = images.copy()
-    noise = np.frombuffer(rng.bytes(images[chosen].size), np.uint8).reshape(images[chosen].shape)
-    images[chosen] = np.where(erased[..., None], noise, images[chosen])
+    images, whole = images.copy(), images[chosen]
+    noise = np.frombuffer(rng.bytes(whole.size), np.uint8).reshape(whole.shape)
+    images[chosen] = np.where(erased[..., None], noise, whole)
     return images
 
 

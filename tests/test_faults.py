@@ -23,9 +23,8 @@ from test_wandb import records
 import vit
 from edgebench import cli, energy, files, load, resume, timing
 
-FIRST_IS_BEST = (
-    "--learning-rate 1e-12"  # no epoch changes the accuracy, and the resumed process writes the weights of another one
-)
+# No epoch changes the accuracy, so the resumed process writes the weights of an epoch that it has not run.
+FIRST_IS_BEST = "--learning-rate 1e-12"
 MODERN = "--recipe modern --learning-rate-schedule cosine --warmup-epochs 1 --ema 0.9"  # an average, a schedule and mixed images
 SMALL = f"--dataset synthetic {TINY} --checkpoint-path a.weights.h5"
 

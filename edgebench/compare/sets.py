@@ -16,17 +16,17 @@ MODEL = (
     *("transformer_units", "head", "mlp_head_units", "attention_dropout", "stochastic_depth"),
 )
 # What a file that was written before there were recipes stands for, as the report shows it.
-BEFORE_RECIPES = {"head": "flatten", "learning_rate_schedule": "constant"}
-BEFORE_RECIPES |= dict.fromkeys(("stochastic_depth", "warmup_epochs", "label_smoothing", "ema"), "0.0")
-BEFORE_RECIPES |= dict.fromkeys(("mixup", "cutmix", "random_erasing", "rand_augment"), "0.0")
+WITHOUT_SCHEDULE = {"learning_rate_schedule": "constant", "warmup_epochs": "0.0"}
+WITHOUT_ELEMENTS = {"head": "flatten"} | dict.fromkeys(("stochastic_depth", "label_smoothing", "ema"), "0.0")
+WITHOUT_ELEMENTS |= dict.fromkeys(("mixup", "cutmix", "random_erasing", "rand_augment"), "0.0")
+BEFORE_RECIPES = WITHOUT_SCHEDULE | WITHOUT_ELEMENTS
 SET_BY_A_RECIPE = (
     *("image_size", "patch_size", "projection_dim", "transformer_layers", "mlp_head_units", "attention_dropout"),
-    *("weight_decay", "num_epochs", "head", "stochastic_depth", "label_smoothing", "ema"),
-    *("mixup", "cutmix", "random_erasing", "rand_augment"),
+    *("weight_decay", "num_epochs", *WITHOUT_ELEMENTS),
 )
 FIELD_RULES = {
     **dict.fromkeys(MODEL, MUST_AGREE),
-    **dict.fromkeys(("learning_rate", "batch_size", "augmentation", *BEFORE_RECIPES, *SET_BY_A_RECIPE), MUST_AGREE),
+    **dict.fromkeys(("learning_rate", "batch_size", "augmentation", *WITHOUT_SCHEDULE, *SET_BY_A_RECIPE), MUST_AGREE),
     "recipe": CANNOT_MATTER,  # a name for values of those fields
     **dict.fromkeys(("gradient_accumulation_steps", "validation_split", "dataset"), MUST_AGREE),
     "resume": CANNOT_MATTER,  # only if the run was resumed, which `resumed` below tells
