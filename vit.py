@@ -73,6 +73,9 @@ class ViTConfig:
     """Share of the attention weights dropped in training. Above 0, JAX and TensorFlow cannot use their fused attention."""
     stochastic_depth: float = 0.0
     """Share of the images for which a residual branch of the last block is left out in training; it falls to 0 at the first."""
+    initial_weights: Literal["published", "glorot", "normal"] = "published"
+    """Range of the initial kernels. published: as in the keras.io example and in Keras before 3.15; glorot: attention as in Keras
+    3.15, up to five times as wide; normal: every kernel from a normal distribution with a standard deviation of 0.02."""
 
     recipe: Literal["published", "modern"] = "published"
     """Defaults of the other flags: published for the keras.io example, modern for RECIPES["modern"] (docs/training.md)."""
@@ -411,10 +414,10 @@ class Patches(layers.Layer):
 class PatchEncoder(layers.Layer):
     """Patches (B, N, P) -> tokens (B, N, D): a linear projection plus a learned embedding of the position."""
 
-    def __init__(self, num_patches: int, projection_dim: int, **kwargs):
+    def __init__(self, num_patches: int, projection_dim: int, kernel_initializer="glorot_uniform", **kwargs):
         super().__init__(**kwargs)
         self.num_patches, self.projection_dim = num_patches, projection_dim
-        self.projection = layers.Dense(projection_dim)
+        self.projection = layers.Dense(projection_dim, kernel_initializer=kernel_initializer)
         self.position_embedding = layers.Embedding(input_dim=num_patches, output_dim=projection_dim)
 
     def build(self, input_shape):
@@ -428,10 +431,66 @@ class PatchEncoder(layers.Layer):
         return {**super().get_config(), "num_patches": self.num_patches, "projection_dim": self.projection_dim}
 
 
-def mlp(x, hidden_units: Sequence[int], dropout_rate: float):
+def attention_limit(shape: Sequence[int]) -> float:
+    """The largest initial weight of an attention kernel, (width, heads, width) or (heads, width, width), in the published model.
+
+    Glorot's rule, with the fans of a convolution: the last two axes count as units, those before them as the places of a
+    receptive field. That is what Keras did until 3.14, hence what the example of 2021 started from. Keras 3.15 takes
+    the axes of the matrix product, as Glorot meant it (keras pull request 22789), and the same model then learns half
+    as much in its first epoch (docs/initial-weights.md). So the range is set here and does not follow Keras.
+    """
+    *places, units_in, units_out = shape
+    return math.sqrt(6 / (math.prod(places) * (units_in + units_out)))
+
+
+@keras.saving.register_keras_serializable(package="vit")
+class PublishedAttention(keras.initializers.RandomUniform):
+    """Attention's initial kernels in the published model: uniform, up to `attention_limit`."""
+
+    def __init__(self, seed: int | None = None):
+        super().__init__(seed=seed)
+
+    def __call__(self, shape, dtype=None):
+        limit = attention_limit(shape)
+        return keras.random.uniform(shape, -limit, limit, dtype=dtype, seed=self.seed)
+
+    def get_config(self):
+        return {"seed": super().get_config()["seed"]}
+
+
+@keras.saving.register_keras_serializable(package="vit")
+class GlorotAttention(PublishedAttention):
+    """Attention's initial kernels since Keras 3.15: Glorot's range of the matrix (width, heads * width) or its transpose."""
+
+    def __call__(self, shape, dtype=None):
+        width = shape[-1]
+        limit = math.sqrt(6 / (width + math.prod(shape) // width))
+        return keras.random.uniform(shape, -limit, limit, dtype=dtype, seed=self.seed)
+
+
+@keras.saving.register_keras_serializable(package="vit")
+class SmallNormal(keras.initializers.TruncatedNormal):
+    """A normal distribution with a standard deviation of 0.02, cut off at two of them, as in BERT, DeiT and BEiT."""
+
+    def __init__(self, seed: int | None = None):
+        super().__init__(stddev=0.02, seed=seed)
+
+    def get_config(self):
+        return {"seed": super().get_config()["seed"]}
+
+
+# Of --initial-weights: the initializers of attention's kernels and of all others. Classes, as each layer needs one of its own.
+INITIALIZERS = {
+    "published": (PublishedAttention, "glorot_uniform"),
+    "glorot": (GlorotAttention, "glorot_uniform"),
+    "normal": (SmallNormal, SmallNormal),
+}
+
+
+def mlp(x, hidden_units: Sequence[int], dropout_rate: float, kernel_initializer="glorot_uniform"):
     """Dense layers of these widths with GELU, each followed by dropout."""
     for units in hidden_units:
-        x = layers.Dense(units, activation=keras.activations.gelu)(x)
+        x = layers.Dense(units, activation=keras.activations.gelu, kernel_initializer=kernel_initializer)(x)
         x = Dropout(dropout_rate)(x)
     return x
 
@@ -447,20 +506,27 @@ def create_vit_classifier(
     """Images (B, *image_shape) as stored -> logits (B, num_classes). The keras.io ViT: see the head of the file."""
     inputs = keras.Input(shape=image_shape)
     tokens = Patches(config.patch_size)(data_augmentation(inputs))
-    tokens = PatchEncoder(config.num_patches, config.projection_dim)(tokens)
+    attention_initializer, kernel_initializer = INITIALIZERS[config.initial_weights]
+    tokens = PatchEncoder(config.num_patches, config.projection_dim, kernel_initializer)(tokens)
     for rate in np.linspace(0, config.stochastic_depth, config.transformer_layers).tolist():
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
-        attention = Attention(config.num_heads, key_dim=config.projection_dim, dropout=config.attention_dropout)
+        attention = Attention(
+            num_heads=config.num_heads,
+            key_dim=config.projection_dim,
+            dropout=config.attention_dropout,
+            kernel_initializer=attention_initializer,
+        )
         tokens = residual(tokens, attention(normed, normed), rate)
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
-        tokens = residual(tokens, mlp(normed, config.transformer_units, BLOCK_DROPOUT), rate)
+        tokens = residual(tokens, mlp(normed, config.transformer_units, BLOCK_DROPOUT, kernel_initializer), rate)
     features = layers.LayerNormalization(epsilon=1e-6)(tokens)
     if config.head == "mean":
         features = layers.GlobalAveragePooling1D()(features)
     else:
         features = Dropout(HEAD_DROPOUT)(layers.Flatten()(features))
-    features = mlp(features, config.mlp_head_units, HEAD_DROPOUT)
-    logits = layers.Dense(num_classes, dtype="float32")(features)  # the softmax of the loss needs the precision
+    features = mlp(features, config.mlp_head_units, HEAD_DROPOUT, kernel_initializer)
+    # The softmax of the loss needs the precision.
+    logits = layers.Dense(num_classes, dtype="float32", kernel_initializer=kernel_initializer)(features)
     return keras.Model(inputs, logits, name="vit")
 
 

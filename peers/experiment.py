@@ -35,7 +35,7 @@ def check(config: vit.ViTConfig) -> None:
     require(not config.resume, "the hand-written peers have no --resume")
     require(config.gradient_accumulation_steps == 1, "the hand-written peers have no --gradient-accumulation-steps")
     published = vit.ViTConfig()
-    for name in BEFORE_RECIPES:
+    for name in (*BEFORE_RECIPES, "initial_weights"):
         value, default = getattr(config, name), getattr(published, name)
         require(value == default, f"the hand-written peers have no {flag(name)} {value}, only {default}")
 

@@ -80,7 +80,7 @@ def reflect(coordinate, size: int):
 
 
 def init_params(config: vit.ViTConfig, channels: int, num_classes: int, seed: int) -> dict:
-    """Keras' initial values: Glorot-uniform kernels, biases of 0, embeddings in +-0.05."""
+    """The initial values of vit.py: Glorot-uniform kernels but for attention's, biases of 0, embeddings in +-0.05."""
     rng = np.random.default_rng(seed)
     dim, heads = config.projection_dim, config.num_heads
 
@@ -97,12 +97,10 @@ def init_params(config: vit.ViTConfig, channels: int, num_classes: int, seed: in
         return [dense(a, b) for a, b in zip([width, *hidden_units], hidden_units, strict=False)]
 
     def block() -> dict:
-        # Keras computes the fans of the attention's kernels (dim, heads, dim) and (heads, dim, dim) as for convolutions.
-        qkv_limit, out_limit = (6 / (dim * (heads + dim))) ** 0.5, (6 / (heads * (dim + dim))) ** 0.5
         return {
             "norm1": norm(),
-            "qkv": dense(dim, 3 * heads * dim, qkv_limit),
-            "out": dense(heads * dim, dim, out_limit),
+            "qkv": dense(dim, 3 * heads * dim, vit.attention_limit((dim, heads, dim))),
+            "out": dense(heads * dim, dim, vit.attention_limit((heads, dim, dim))),
             "norm2": norm(),
             "mlp": mlp(dim, config.transformer_units),
         }
@@ -218,7 +216,7 @@ class NativeJax:
     def __init__(self, config: vit.ViTConfig, data: vit.Dataset, mean: np.ndarray, std: np.ndarray):
         self.config, self.mean, self.std = config, mean, std
         self.has_scale = config.dtype_policy == "mixed_float16"
-        # optax adds epsilon after the bias correction, Keras before it. At 1e-7 that makes no difference.
+        # optax adds epsilon after the bias correction, Keras before it, which moves early losses by less than 1e-4.
         self.optimizer = optax.adamw(config.learning_rate, eps=1e-7, weight_decay=config.weight_decay)
         self.train_images, self.train_labels = self.on_device(data.x_train, data.y_train)
         self.set_params(init_params(config, data.image_shape[2], data.num_classes, config.seed))

@@ -115,10 +115,9 @@ class MLP(nn.Sequential):
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, rate: float):
         super().__init__()
-        # Keras computes the fans of the kernels (dim, heads, dim) and (heads, dim, dim) as for convolutions.
         self.heads, self.dropout = heads, Dropout(rate)
-        self.qkv = dense(dim, 3 * heads * dim, (6 / (dim * (heads + dim))) ** 0.5)
-        self.out = dense(heads * dim, dim, (6 / (heads * (dim + dim))) ** 0.5)
+        self.qkv = dense(dim, 3 * heads * dim, vit.attention_limit((dim, heads, dim)))
+        self.out = dense(heads * dim, dim, vit.attention_limit((heads, dim, dim)))
 
     def forward(self, x):
         batch, tokens, dim = x.shape
@@ -207,7 +206,7 @@ class NativeTorch:
             self.logits = torch.compile(self.logits, **options)
 
     def start_optimizer(self) -> None:
-        """Reset AdamW and the loss scale. Keras adds epsilon before the bias correction; at 1e-7 that makes no difference."""
+        """Reset AdamW and the loss scale. Keras adds epsilon before the bias correction, which moves early losses by less than 1e-4."""
         lr, decay = self.config.learning_rate, self.config.weight_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=decay, eps=1e-7, fused=True)
         is_float16 = self.config.dtype_policy == "mixed_float16"

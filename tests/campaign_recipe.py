@@ -45,6 +45,7 @@ ELEMENTS = {
 }
 # Not in the recipe: with its peak at the constant rate it is far behind, and at three and five times as much no better.
 COSINE = {"learning_rate": 0.002, "learning_rate_schedule": "cosine", "warmup_epochs": 3.0}
+OTHER_WEIGHTS = ("glorot", "normal")  # --initial-weights, tried with the modern recipe
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Task:
             return {BASE: self.base, **alone}
         cosine = "cosine, warm-up, twice the learning rate"
         scheduled = {cosine: self.base | COSINE, f"{MODERN} with {cosine}": modern | COSINE}
-        return {BASE: self.base, MODERN: modern, **alone, **scheduled}
+        started = {f"{MODERN} from {name} weights": modern | {"initial_weights": name} for name in OTHER_WEIGHTS}
+        return {BASE: self.base, MODERN: modern, **started, **alone, **scheduled}
 
 
 def size(width: int, blocks: int, batch_size: int, epochs: int) -> dict:
@@ -129,14 +131,14 @@ class Job:
     @property
     def flags(self) -> dict:
         """What decides about the accuracy."""
-        return TASKS[self.task].size | TASKS[self.task].variants()[self.variant]
+        return {"initial_weights": "published"} | TASKS[self.task].size | TASKS[self.task].variants()[self.variant]
 
     def accuracy(self) -> float | None:
         """Of the test; None where no run is complete that had these flags: the recipe may have changed since."""
         for path in self.folder.glob("*.json"):
             results = json.loads(path.read_text())
             config = results["what"]["config"]
-            if results["status"] == "complete" and all(config[name] == value for name, value in self.flags.items()):
+            if results["status"] == "complete" and all(config.get(name) == value for name, value in self.flags.items()):
                 return results["quality"]["test"]["test_accuracy"]
         return None
 
@@ -215,10 +217,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", help="only these, by their names in the table")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     for task in args.tasks:
-        jobs = jobs_of(args.out, task, args.seeds)
+        jobs = [job for job in jobs_of(args.out, task, args.seeds) if job.backend in args.backends]
+        jobs = [job for job in jobs if not args.variants or job.variant in args.variants]
         if not args.report:
             jobs[0].images.parent.mkdir(parents=True, exist_ok=True)
             prepare(args.images, jobs[0].images, TASKS[task].images_per_class)

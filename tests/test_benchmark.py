@@ -39,6 +39,7 @@ BASE = {
             **{"learning_rate": 0.001, "weight_decay": 0.0001, "validation_split": 0.1, "dataset": "cifar100"},
             **{"attention_dropout": 0.1, "gradient_accumulation_steps": 1, "augmentation": "fused", "jit": "auto"},
             **{"dtype_policy": "float32", "tf32": True, "seed": 0, "measure_seconds": 60.0, "use_wandb": False},
+            **{"initial_weights": "published"},
         },
         "dtype_policy": "float32",
         "tf32": True,
@@ -293,6 +294,7 @@ def test_a_peer_is_compared_with_keras_and_its_lack_of_keras_is_no_difference(wr
         ("what/config/learning_rate", 0.01, "learning_rate 0.01 against 0.001"),
         ("what/config/attention_dropout", 0.0, "attention_dropout 0.0 against 0.1"),
         ("what/config/gradient_accumulation_steps", 2, "gradient_accumulation_steps 2 against 1"),
+        ("what/config/initial_weights", None, "initial_weights as in Keras 3.15.1 against published"),  # an older file
         ("what/resumed_after_epochs", [4], "resumed yes against no"),
     ],
 )

@@ -26,6 +26,7 @@ SET_BY_A_RECIPE = (
 )
 FIELD_RULES = {
     **dict.fromkeys(MODEL, MUST_AGREE),
+    "initial_weights": MUST_AGREE,
     **dict.fromkeys(("learning_rate", "batch_size", "augmentation", *WITHOUT_SCHEDULE, *SET_BY_A_RECIPE), MUST_AGREE),
     "recipe": CANNOT_MATTER,  # a name for values of those fields
     **dict.fromkeys(("gradient_accumulation_steps", "validation_split", "dataset"), MUST_AGREE),
@@ -76,6 +77,8 @@ def conditions(run: Run) -> dict[str, str]:
     fields = [field for field, rule in FIELD_RULES.items() if rule == MUST_AGREE and field not in varied]
     values = {field: run.text(f"what/config/{field}") for field in fields}
     values |= {field: text for field, text in BEFORE_RECIPES.items() if values.get(field) == NONE}
+    if values.get("initial_weights") == NONE:  # a run from before the flag: its Keras decided
+        values["initial_weights"] = f"as in Keras {run.text('what/versions/Keras')}"
     for fact, flags in FACTS.items():
         if set(flags) & varied:
             values.pop(fact.removeprefix("config/"), None)
