@@ -665,7 +665,8 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             augmentation = create_data_augmentation(config.augmentation, config.image_size, data.moments)
             model = create_vit_classifier(config, data.image_shape, data.num_classes, augmentation)
             if backend == "torch" and (config.jit == "on" or (config.jit == "auto" and machine.is_gpu)):
-                model = with_graphs(model, batch_sizes={images, 1})  # 1: for the latency
+                stock = augmentation if config.augmentation == "stock" else None
+                model = with_graphs(model, batch_sizes={images, 1}, augmentation=stock)  # 1: for the latency
             batches = make_batches(data.x_train, data.y_train, images)
             compile_model(model, config, data.num_classes, len(batches))
             results["time"]["build_s"] = build_s = time.perf_counter() - began

@@ -6,7 +6,7 @@ import shutil
 import keras
 import numpy as np
 import pytest
-from conftest import INSTALLED, TINY, only_results
+from conftest import INSTALLED, TINY, finish, only_results
 
 import vit
 from edgebench import costs, layers, torch_graphs
@@ -29,25 +29,31 @@ def results_of(run_vit, digits, tmp_path):
 @pytest.mark.slow
 @pytest.mark.xdist_group("torch")
 @pytest.mark.skipif("torch" not in INSTALLED, reason="torch is not installed")
-def test_compiled_torch_trains_evaluates_and_is_recorded_as_compiled(results_of):
-    """Whole batches are compiled, the last, partial one runs eagerly: the model learns as in an eager run."""
+@pytest.mark.parametrize("augmentation", ["fused", "stock"])
+def test_compiled_torch_trains_evaluates_and_is_recorded_as_compiled(augmentation, results_of):
+    """Whole batches are compiled, the last, partial one runs eagerly: the model learns as in an eager run.
+
+    Keras' own augmentation draws on the host, which no graph can hold: it runs before the graph.
+    """
     flags = ["--keras-backend", "torch", "--num-epochs", "8", "--learning-rate", "0.003", "--measure-seconds", "1"]
     accuracy = {}
     for jit in ("on", "off"):
-        run, results = results_of(*flags, "--jit", jit)
+        run, results = results_of(*flags, "--jit", jit, "--augmentation", augmentation)
         assert results["what"]["jit_compile"] is (jit == "on") and results["what"]["jit_failure"] is None, run
         accuracy[jit] = results["quality"]["test"]["test_accuracy"]
     assert min(accuracy.values()) > 0.6 and accuracy["on"] == pytest.approx(accuracy["off"], abs=0.1)
 
 
-@pytest.mark.xdist_group("torch")
 @pytest.mark.skipif("torch" not in INSTALLED, reason="torch is not installed")
-def test_torch_goes_on_eagerly_where_it_cannot_compile(results_of):
-    """Keras' own augmentation draws on the host, which no graph can hold: one line, and a note in the results."""
-    flags = ["--keras-backend", "torch", "--num-epochs", "1", "--jit", "on", "--augmentation", "stock"]
-    run, results = results_of(*flags)
+def test_torch_goes_on_eagerly_where_it_cannot_compile(start_vit, digits, tmp_path):
+    """Without a C++ compiler, as in many containers: one line, and a note in the results."""
+    flags = f"--no-use-wandb {TINY} --checkpoint-path a.weights.h5 --dataset {digits} --num-epochs 1".split()
+    environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    run = finish(start_vit(*flags, "--keras-backend", "torch", "--jit", "on", environment=environment))
+    assert run.status == 0, run
     assert len(re.findall("warning: torch could not compile the model and runs eagerly", run.stderr)) == 1, run
-    assert results["what"]["jit_compile"] is False and results["what"]["jit_failure"]
+    what = only_results(tmp_path)["what"]
+    assert what["jit_compile"] is False and what["jit_failure"]
 
 
 @pytest.mark.parametrize("backend", [name for name in INSTALLED if name != "tensorflow"])
