@@ -113,7 +113,7 @@ def read(path: Path, identity: dict, num_epochs: int) -> Progress:
         f"--resume: this run is complete after {done} epochs, and kept nothing to go on with; {anew}",
     )
     progress.resumed_after_epochs.append(done)
-    print(f"resume: {done} epochs are done")
+    print(f"resume: {done} {'epoch is' if done == 1 else 'epochs are'} done")
     return progress
 
 
