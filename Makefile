@@ -61,10 +61,10 @@ test-containers: $(VENV)/test
 	$(VENV)/bin/python -m pytest -m end_to_end tests/test_requirements.py tests/test_containers.py
 
 recipe: $(VENV)/test
-	$(VENV)/bin/python tests/campaign_recipe.py $(ARGS)
+	$(VENV)/bin/python studies/recipe.py $(ARGS)
 
 test-faults: $(VENV)/test
-	$(VENV)/bin/python tests/campaign_faults.py $(if $(SEED),--seed $(SEED)) $(ARGS)
+	$(VENV)/bin/python studies/faults.py $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # shellcheck -a also checks sweeps/sweep.sh, which the launchers source.
 lint: $(VENV)/lint

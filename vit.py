@@ -612,6 +612,9 @@ def compile_model(model: keras.Model, config: ViTConfig, num_classes: int, steps
         optimizer=adamw(
             learning_rate=learning_rate(config, steps_per_epoch),
             weight_decay=config.weight_decay,
+            beta_1=0.9,
+            beta_2=0.999,
+            epsilon=1e-7,  # that of Keras; torch and optax have 1e-8, which tests/test_same_model.py can tell apart
             gradient_accumulation_steps=parts if parts > 1 else None,
             use_ema=config.ema > 0,
             ema_momentum=config.ema ** (1 / parts),  # Keras averages after every part

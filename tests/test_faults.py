@@ -1,6 +1,6 @@
 """Promises about what goes wrong: what was computed is kept, a run that can go on does, and one line names the cause.
 
-Signals, kills, file systems, memory limits and servers are real; the long campaigns are in campaign_faults.py.
+Signals, kills, file systems, memory limits and servers are real; the long campaigns are in studies/faults.py.
 """
 
 import json

@@ -19,7 +19,7 @@ PEERS = [name for name in ("jax", "torch") if name in INSTALLED]
 @pytest.mark.parametrize("backend", [*PEERS[1:], *(pytest.param(name, marks=pytest.mark.slow) for name in PEERS[:1])])
 def test_a_peer_is_the_same_model_with_the_same_gradients_and_optimizer(backend, tmp_path):
     """On the same weights and batch: loss, accuracy and top-5 before and after a step of AdamW, and all gradients."""
-    command = [sys.executable, str(ROOT / "tests" / "compare_with_peer.py"), backend]
+    command = [sys.executable, str(ROOT / "studies" / "peer_gradients.py"), backend]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ import math
 import statistics
 
 import pytest
-from simulate_verdicts import Spread, simulate
+from studies.verdicts import Spread, simulate
 
 from edgebench.compare.statistics import ALPHA, decide, holm, normal_quantile, paired, t_quantile, t_tail, welch
 

@@ -1,4 +1,4 @@
-"""The long random campaigns behind tests/test_faults.py: make test-faults, or python tests/campaign_faults.py --help.
+"""The long random campaigns behind tests/test_faults.py: make test-faults, or python studies/faults.py --help.
 
 kills           runs killed with SIGKILL at random moments and resumed until done, two at a time
 together        runs that share one checkpoint path at the same time, as runs with the default path do

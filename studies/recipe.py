@@ -1,8 +1,8 @@
 """Measure what each element of the modern recipe brings by itself, and both recipes on every backend.
 
-    python tests/campaign_recipe.py CIFAR100.npz OUT                  # two hours on two cores; a second call goes on
-    python tests/campaign_recipe.py CIFAR100.npz OUT --seeds 5 --tasks short
-    python tests/campaign_recipe.py CIFAR100.npz OUT --report         # only the tables of what has been run
+    python studies/recipe.py CIFAR100.npz OUT                  # two hours on two cores; a second call goes on
+    python studies/recipe.py CIFAR100.npz OUT --seeds 5 --tasks short
+    python studies/recipe.py CIFAR100.npz OUT --report         # only the tables of what has been run
 
 CIFAR100.npz holds x_train, y_train, x_test and y_test. A task is its first twenty classes, and trains on some of their training
 images, a tenth of which is set apart to choose the epoch; the others join the test images. Seed k of every variant has the same

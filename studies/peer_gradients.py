@@ -1,6 +1,6 @@
 """Compare vit.py's Keras model with a hand-written peer on the same weights and the same batch.
 
-    python tests/compare_with_peer.py jax
+    python studies/peer_gradients.py jax
 
 prints as JSON, each of the peer first: parameters; sums over the batch of loss, hits and top-5 hits before and after a step
 of AdamW; and the largest difference of any gradient (relative to its tensor's largest) and of any logit. A process of its

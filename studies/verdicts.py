@@ -1,6 +1,6 @@
 """Simulated reports: how often does one hold a false sentence, and how often is a true difference found?
 
-    python tests/simulate_verdicts.py                  # the tables of docs/verdicts.md, in minutes
+    python studies/verdicts.py                  # the tables of docs/verdicts.md, in minutes
 
 A report compares backends in six metrics. Its runs come in the order in which benchmark.py starts them. The session drifts
 slowly (heat, neighbours), which all its runs share; each run deviates in each metric; and a few runs are slow as a whole.

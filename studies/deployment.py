@@ -1,7 +1,7 @@
 """Measure inference: predict of every backend beside the files that export.py writes, for a small model and the default one.
 
-    python tests/measure_deployment.py IMAGES.npz OUT --repeats 4    # with --seconds 8, a quarter of an hour a round on two cores
-    python tests/measure_deployment.py IMAGES.npz OUT --repeats 1 --models small --seconds 5
+    python studies/deployment.py IMAGES.npz OUT --repeats 4    # with --seconds 8, a quarter of an hour a round on two cores
+    python studies/deployment.py IMAGES.npz OUT --repeats 1 --models small --seconds 5
 
 IMAGES.npz should be small, as 480 training and 500 test images of CIFAR-100: every file predicts the test images one by one.
 Round k trains every backend with seed k for one epoch on IMAGES.npz, which decides the accuracy and not the speed, and
