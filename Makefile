@@ -10,6 +10,7 @@
 # make test-faults                                       hours: kills runs, draws command lines and damages files at random
 # make recipe ARGS="CIFAR100.npz OUT"                    hours: measures what each element of the modern recipe brings
 # make test-faults SEED=7 ARGS="--kills 10 --damaged 0"  the same random draws again, but fewer
+# make schema                                            writes what vit.py says about its flags into results.schema.json
 # make lint                                              runs the linters, as CI does
 # Another interpreter: make test PYTHON=python3.12. Other backends for training: make train EXTRAS=tensorflow
 
@@ -32,7 +33,7 @@ QUICK := --backends jax torch -- --dataset synthetic --image-size 32 --patch-siz
 PYTEST := python -m pytest
 TWO_AT_A_TIME := -n 2 --dist loadgroup
 
-.PHONY: train benchmark ratios test test-slow test-floor test-sweeps test-containers test-faults recipe lint clean
+.PHONY: train benchmark ratios test test-slow test-floor test-sweeps test-containers test-faults recipe schema lint clean
 
 train: $(VENV)/train-$(EXTRAS)
 	$(VENV)/bin/python vit.py $(ARGS)
@@ -62,6 +63,9 @@ test-containers: $(VENV)/test
 
 recipe: $(VENV)/test
 	$(VENV)/bin/python studies/recipe.py $(ARGS)
+
+schema: $(VENV)/test
+	$(VENV)/bin/python studies/schema.py
 
 test-faults: $(VENV)/test
 	$(VENV)/bin/python studies/faults.py $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -27,139 +27,165 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from edgebench import cli, process, settings, streams
+from edgebench import cli, flags, process, streams
 from edgebench.cli import BACKENDS, require
-from edgebench.files import WeightsFile
+from edgebench.files import WeightsFile, require_replaceable
+from edgebench.flags import (
+    device_flag,
+    file_flag,
+    from_environment,
+    measuring_flag,
+    model_flag,
+    training_flag,
+    wandb_flag,
+)
 
 # ------------ Configuration: the fields are the flags, their docstrings the help ------------
 
 RECIPES = {
     "published": {},  # the keras.io example: the defaults below
     "modern": {
-        **{"image_size": 32, "patch_size": 4, "projection_dim": 128, "transformer_layers": 9, "head": "mean"},
-        **{"mlp_head_units": [], "attention_dropout": 0.0, "stochastic_depth": 0.1, "num_epochs": 100},
-        **{"weight_decay": 0.05, "label_smoothing": 0.1},
-        **{"ema": 0.999, "mixup": 0.1, "cutmix": 0.2, "random_erasing": 0.1, "rand_augment": 2.0},
+        "image_size": 32,
+        "patch_size": 4,
+        "projection_dim": 128,
+        "transformer_layers": 9,
+        "head": "mean",
+        "mlp_head_units": [],
+        "attention_dropout": 0.0,
+        "stochastic_depth": 0.1,
+        "weight_decay": 0.05,
+        "num_epochs": 100,
+        "label_smoothing": 0.1,
+        "ema": 0.999,
+        "mixup": 0.1,
+        "cutmix": 0.2,
+        "random_erasing": 0.1,
+        "rand_augment": 2.0,
     },
 }
-# Of --help, by the first flag below each.
-HEADINGS = {"image_size": "model", "recipe": "training", "keras_backend": "device"}
-HEADINGS |= {"measure_seconds": "measuring", "dataset": "data and files", "use_wandb": "Weights and Biases"}
 
 
 @dataclass
 class ViTConfig:
     """Train and evaluate a Vision Transformer with Keras 3 on the backend asked for."""
 
-    image_size: int = 72
+    image_size: Annotated[int, model_flag(within=flags.SIZE)] = 72
     """Side in pixels to which images are resized before they are cut into patches."""
-    patch_size: int = 6
+    patch_size: Annotated[int, model_flag(within=flags.SIZE)] = 6
     """Side of a square patch in pixels; what is left over at the right and lower edge is cut off."""
-    projection_dim: int = 64
+    projection_dim: Annotated[int, model_flag(within=flags.SIZE)] = 64
     """Width of the token embedding, and of each attention head."""
-    num_heads: int = 4
+    num_heads: Annotated[int, model_flag(within=flags.SIZE)] = 4
     """Attention heads in each transformer block."""
-    transformer_layers: int = 8
+    transformer_layers: Annotated[int, model_flag(within=flags.SIZE)] = 8
     """Number of transformer blocks."""
-    transformer_units: list[int] = field(default_factory=list)
+    transformer_units: Annotated[list[int], model_flag(within=flags.SIZE)] = field(default_factory=list)
     """Widths of the MLP in each block; the last one equals projection_dim. Empty: 2 * projection_dim, projection_dim."""
-    head: Literal["flatten", "mean"] = "flatten"
+    head: Annotated[Literal["flatten", "mean"], model_flag()] = "flatten"
     """What the classifier sees: all tokens one after the other, with a dropout of 0.5, or their mean."""
-    mlp_head_units: list[int] = field(default_factory=lambda: [2048, 1024])
+    mlp_head_units: Annotated[list[int], model_flag(within=flags.SIZE)] = field(default_factory=lambda: [2048, 1024])
     """Widths of the hidden layers of the classifier head; none: `--mlp-head-units` without a number."""
-    attention_dropout: float = 0.1
+    attention_dropout: Annotated[float, model_flag(within=flags.SHARE)] = 0.1
     """Share of the attention weights dropped in training. Above 0, JAX and TensorFlow cannot use their fused attention."""
-    stochastic_depth: float = 0.0
+    stochastic_depth: Annotated[float, model_flag(within=flags.SHARE)] = 0.0
     """Share of the images for which a residual branch of the last block is left out in training; it falls to 0 at the first."""
-    initial_weights: Literal["published", "glorot", "normal"] = "published"
+    initial_weights: Annotated[Literal["published", "glorot", "normal"], model_flag()] = "published"
     """Range of the initial kernels. published: as in the keras.io example and in Keras before 3.15; glorot: attention as in Keras
     3.15, up to five times as wide; normal: every kernel from a normal distribution with a standard deviation of 0.02."""
 
-    recipe: Literal["published", "modern"] = "published"
+    recipe: Annotated[
+        Literal["published", "modern"], training_flag(comparison=flags.CANNOT_MATTER, may_change=True)
+    ] = "published"
     """Defaults of the other flags: published for the keras.io example, modern for RECIPES["modern"] (docs/training.md)."""
-    learning_rate: float = 0.001
+    learning_rate: Annotated[float, training_flag(within=flags.ABOVE_ZERO)] = 0.001
     """AdamW's learning rate; with a schedule the highest one."""
-    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
+    learning_rate_schedule: Annotated[Literal["constant", "cosine"], training_flag()] = "constant"
     """cosine: rises over warmup_epochs, then falls to 0 at the end of the run."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: Annotated[float, training_flag(within=flags.NOT_NEGATIVE)] = 0.0
     """Epochs in which the cosine schedule rises from 0 to learning_rate."""
-    weight_decay: float = 0.0001
+    weight_decay: Annotated[float, training_flag(within=flags.NOT_NEGATIVE)] = 0.0001
     """AdamW's decoupled weight decay."""
-    batch_size: int = 256
+    batch_size: Annotated[int, training_flag(within=flags.SIZE)] = 256
     """Images in a training step; evaluation takes as many at a time as go through the model at once."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Annotated[int, training_flag(within=flags.SIZE)] = 1
     """Parts of a batch, run one by one to save memory; AdamW takes a step with their mean gradient. Must divide batch_size.
     Parts left over at the end of an epoch, too few for a batch, go into the first step of the next epoch."""
-    num_epochs: int = 10
+    num_epochs: Annotated[int, training_flag(within=flags.SIZE, may_change=True)] = 10
     """Passes over the training images."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, training_flag(within=flags.SHARE)] = 0.0
     """Share of a label that is spread evenly over all classes."""
-    ema: float = 0.0
+    ema: Annotated[float, training_flag(within=flags.SHARE)] = 0.0
     """Momentum, a step, of the moving average of the weights that is evaluated and kept; 0 for none."""
-    mixup: float = 0.0
+    mixup: Annotated[float, training_flag(within=flags.ALL_OR_LESS)] = 0.0
     """Share of the images that are blended with another one, as are their labels."""
-    cutmix: float = 0.0
+    cutmix: Annotated[float, training_flag(within=flags.ALL_OR_LESS)] = 0.0
     """Share of the images that get a part of another one, and as much of its label."""
-    random_erasing: float = 0.0
+    random_erasing: Annotated[float, training_flag(within=flags.ALL_OR_LESS)] = 0.0
     """Share of the images that lose a random rectangle."""
-    rand_augment: float = 0.0
+    rand_augment: Annotated[float, training_flag(within=flags.UP_TO_TEN)] = 0.0
     """Magnitude, up to 10, of RandAugment's changes of colour; 0 for none."""
-    augmentation: Literal["fused", "stock"] = "fused"
+    augmentation: Annotated[Literal["fused", "stock"], training_flag()] = "fused"
     """fused: flip, rotation, zoom and resizing in one gather; stock: Keras' own layers, the same geometry, slower."""
-    validation_split: float = 0.1
+    validation_split: Annotated[float, training_flag(within=flags.SHARE)] = 0.1
     """Share of the training images set apart for validation, drawn evenly from every class; 0 for none."""
-    resume: bool = False
+    resume: Annotated[bool, training_flag(comparison=flags.CANNOT_MATTER, may_change=True)] = False
     """Continue the run with this configuration and checkpoint_path after its last complete epoch, or start it if there is none.
     Only a run that was started with this keeps the state from which it can go on once it is complete, with more epochs."""
-    seed: int = 0
+    seed: Annotated[int, training_flag(within=flags.UINT32, comparison=flags.CANNOT_MATTER)] = 0
     """Seed of the split, the weights, the order of the images, augmentation and dropout."""
 
-    keras_backend: str = field(default_factory=lambda: cli.setting("KERAS_BACKEND").lower() or "jax")
+    keras_backend: Annotated[str, device_flag()] = from_environment("KERAS_BACKEND", "jax", str.lower)
     """jax, torch or tensorflow. The environment variable KERAS_BACKEND wins over this flag."""
-    device: Literal["auto", "gpu", "cpu"] = field(default_factory=lambda: cli.setting("VIT_DEVICE").lower() or "auto")  # type: ignore
+    device: Annotated[Literal["auto", "gpu", "cpu"], device_flag(may_change=True)] = from_environment(
+        "VIT_DEVICE", "auto", str.lower
+    )
     """gpu: end at once where there is none that works. Default: the environment variable VIT_DEVICE, else auto, what there is."""
-    jit: Literal["auto", "on", "off"] = "auto"
+    jit: Annotated[Literal["auto", "on", "off"], device_flag()] = "auto"
     """Compile the training step. auto: JAX always, TensorFlow and torch on a GPU (torch compiles for a minute or two on a CPU)."""
-    compile_cache: bool = True
+    compile_cache: Annotated[bool, device_flag(may_change=True)] = True
     """Keep what JAX and torch compile for the next run, in ~/.cache/vit (XDG_CACHE_HOME)."""
-    dtype_policy: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    dtype_policy: Annotated[
+        Literal["float32", "mixed_bfloat16", "mixed_float16"], device_flag(comparison=flags.MUST_AGREE)
+    ] = "float32"
     """Number format of the computation; weights stay float32. mixed_float16 scales the loss."""
-    tf32: bool = True
+    tf32: Annotated[bool, device_flag(comparison=flags.MUST_AGREE)] = True
     """Let NVIDIA GPUs multiply float32 matrices in TensorFloat-32; set alike on every backend."""
 
-    measure_seconds: float = 60.0
+    measure_seconds: Annotated[float, measuring_flag(within=flags.NOT_NEGATIVE)] = 60.0
     """Longest time in seconds for each measurement outside the epochs (step time, latency, evaluation); 0 leaves them out."""
 
-    dataset: str = "cifar100"
+    dataset: Annotated[str, file_flag(comparison=flags.MUST_AGREE, may_change=False)] = "cifar100"
     """cifar100, cifar10, synthetic (made in memory, needs no network), or the path of an .npz file with x_train, y_train, x_test and y_test."""
-    checkpoint_path: Path = Path("/tmp/checkpoint.weights.h5")
+    checkpoint_path: Annotated[Path, file_flag()] = Path("/tmp/checkpoint.weights.h5")
     """File for the weights of the best epoch by validation accuracy; ends in .weights.h5."""
-    results_dir: Path = Path("results")
+    results_dir: Annotated[Path, file_flag()] = Path("results")
     """Folder for the run's results, one JSON file a run; results.schema.json explains every figure."""
-    verbose: bool = False
+    verbose: Annotated[bool, file_flag()] = False
     """Print every figure at the end, as the results file has them, not only the most important ones."""
-    debug: bool = False
+    debug: Annotated[bool, file_flag()] = False
     """Show the traceback of a failure that is otherwise one line."""
-    node_name: str = field(default_factory=platform.node)
+    check: Annotated[bool, file_flag()] = False
+    """Check the flags and end: nothing is trained or written, and Keras is not imported."""
+    node_name: Annotated[str, file_flag(within=flags.SHORT)] = field(default_factory=platform.node)
     """Name of this machine in everything that is recorded. Default: the host's name."""
 
-    use_wandb: bool = True
+    use_wandb: Annotated[bool, wandb_flag(comparison=flags.NOTED)] = True
     """Log to Weights & Biases; without an API key the run is logged offline, for `wandb sync`."""
-    wandb_project: str = field(default_factory=lambda: cli.setting("WANDB_PROJECT") or "keras3_edge_baseline")
+    wandb_project: Annotated[str, wandb_flag()] = from_environment("WANDB_PROJECT", "keras3_edge_baseline")
     """W&B project. Default: the environment variable WANDB_PROJECT, else keras3_edge_baseline."""
-    wandb_entity: str | None = field(default_factory=lambda: cli.setting("WANDB_ENTITY") or None)
+    wandb_entity: Annotated[str | None, wandb_flag()] = from_environment("WANDB_ENTITY", None)
     """W&B user or team. Default: the environment variable WANDB_ENTITY, else the account's own."""
-    wandb_run_name: str | None = None
+    wandb_run_name: Annotated[str | None, wandb_flag()] = None
     """Name of the run in W&B. Default: what runs, as in ook-torch-b256-bf16."""
-    wandb_tags: list[str] = field(default_factory=list)
+    wandb_tags: Annotated[list[str], wandb_flag(within=flags.SHORT)] = field(default_factory=list)
     """Tags of the run in W&B, besides the backend and the device."""
-    wandb_group: str | None = field(default_factory=lambda: cli.setting("WANDB_RUN_GROUP") or None)
+    wandb_group: Annotated[str | None, wandb_flag()] = from_environment("WANDB_RUN_GROUP", None)
     """Group of the run in W&B. Default: the environment variable WANDB_RUN_GROUP, else node_name."""
-    wandb_job_type: str = field(default_factory=lambda: cli.setting("WANDB_JOB_TYPE") or "train")
+    wandb_job_type: Annotated[str, wandb_flag()] = from_environment("WANDB_JOB_TYPE", "train")
     """Job type of the run in W&B. Default: the environment variable WANDB_JOB_TYPE, else train."""
-    wandb_artifact: bool = False
+    wandb_artifact: Annotated[bool, wandb_flag()] = False
     """Upload the best weights as an artifact as well (87 MB for the default model)."""
 
     def __post_init__(self) -> None:
@@ -189,6 +215,9 @@ class ViTConfig:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
+FLAGS = flags.flags_of(ViTConfig)  # a field that says nothing of its flag is an error here
+
+
 # ------------ Backend ------------
 
 
@@ -198,20 +227,30 @@ def read_config(argv: Sequence[str]) -> ViTConfig:
     `.env` never overrides the environment, and KERAS_BACKEND wins over the flag. Raises ExperimentError for a wrong value.
     """
     cli.read_env_file(Path(".env"))
-    config = cli.parse(ViTConfig, argv, "\n\n".join(__doc__.split("\n\n")[:2]), HEADINGS, {"recipe": RECIPES})
+    groups = {name: known.group for name, known in FLAGS.items()}
+    config = cli.parse(ViTConfig, argv, "\n\n".join(__doc__.split("\n\n")[:2]), groups, {"recipe": RECIPES})
     variable, flag, known = cli.setting("KERAS_BACKEND").lower(), config.keras_backend, ", ".join(BACKENDS)
     require(variable in ("", *BACKENDS), f"KERAS_BACKEND must be one of {known}, not {variable!r}")
     require(flag in BACKENDS, f"--keras-backend must be one of {known}, not {flag!r}")
     if (backend := variable or flag) != config.keras_backend:
         cli.warn(f"KERAS_BACKEND={backend} wins over --keras-backend {config.keras_backend}")
     config = replace(config, keras_backend=backend)
-    settings.check(config)
+    flags.check(config)
     return config
+
+
+def require_places(config: ViTConfig) -> None:
+    """Create the folders of the run, and raise ExperimentError where its files cannot be written."""
+    require_replaceable(config.checkpoint_path, "--checkpoint-path")
+    cli.require_writable_folder(config.results_dir, "--results-dir")
 
 
 def _set_backend_from_env_or_cli(argv: Sequence[str]) -> tuple[ViTConfig, dict[str, str]]:
     """Set everything that Keras and its backend read when they are imported -> the configuration, the user's variables."""
     config = read_config(argv)
+    if config.check:
+        sys.exit()
+    require_places(config)  # now, as importing Keras takes seconds
     os.environ["KERAS_BACKEND"] = config.keras_backend
     environment = process.clear_environment()
     process.set_environment(config.device, config.compile_cache)
@@ -585,8 +624,8 @@ def start_tracking(config: ViTConfig, machine: device.Device, run_id: str | None
     name = config.wandb_run_name or tracking.run_name(node, backend, config.batch_size, config.dtype_policy)
     tags = [*config.wandb_tags, backend, "gpu" if machine.is_gpu else "cpu", node]
     names = config.wandb_project, config.wandb_entity, name, list(dict.fromkeys(tags))
-    flags = config.as_json() | {"num_patches": config.num_patches}
-    return tracking.start_wandb(*names, flags, run_id, config.wandb_group or node, config.wandb_job_type)
+    recorded = config.as_json() | {"num_patches": config.num_patches}
+    return tracking.start_wandb(*names, recorded, run_id, config.wandb_group or node, config.wandb_job_type)
 
 
 def learning_rate(config: ViTConfig, steps_per_epoch: int) -> float | keras.optimizers.schedules.LearningRateSchedule:
@@ -632,25 +671,26 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
     `config.results_dir` and sent to W&B, however the run ends. `callbacks` come after the run's own in every epoch. Raises
     ExperimentError for an expected failure, Interrupted for a signal, and otherwise whatever went wrong.
     """
+    require_places(config)
     backend = keras.backend.backend()
     config = replace(config, keras_backend=backend)  # for callers that have imported this module
     machine = device.prepare(config.device, config.seed, config.dtype_policy, config.tf32)
     packages = {"Keras": keras.__version__, backend: importlib.metadata.version(backend)}
-    flags, defaults = config.as_json(), ViTConfig().as_json()
-    results = start_results(backend, packages, machine, flags, defaults, ENVIRONMENT, IMPORT_S)
+    settings, defaults = config.as_json(), ViTConfig().as_json()
+    results = start_results(backend, packages, machine, settings, defaults, ENVIRONMENT, IMPORT_S)
     budget_s, cache = config.measure_seconds, CompileCache()
 
     # Load
     began = time.perf_counter()
     data = load_dataset(config.dataset, config.validation_split, config.seed)
     results["time"]["load_s"] = time.perf_counter() - began
-    size = costs.vit_size(flags, data.image_shape[2], data.num_classes)
+    size = costs.vit_size(settings, data.image_shape[2], data.num_classes)
     costs.require_memory(size, machine.memory_bytes)
     results["what"] |= data.describe() | {"train_flops_per_image": size.train_flops_per_image}
-    run_identity = resume.identity(flags, data.x_train, data.y_train)
+    run_identity = resume.identity(settings, FLAGS, data.x_train, data.y_train)
     if config.has_soft_labels:
         data = replace(data, **{y: one_hot(getattr(data, y), data.num_classes) for y in ("y_train", "y_val", "y_test")})
-    make_batches = batches_for(flags, data.x_train.dtype)
+    make_batches = batches_for(settings, data.x_train.dtype)
     resume_path = resume.path_of(config.checkpoint_path, run_identity)
     progress = resume.read(resume_path, run_identity, config.num_epochs) if config.resume else resume.Progress()
     first_epoch, images = len(progress.epochs), config.micro_batch_size

@@ -130,19 +130,19 @@ def parse(
     config_class: type[Config],
     argv: Sequence[str],
     description: str = "",
-    headings: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None,
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> Config:
     """Parse `argv` into a `config_class`, unchecked; raise ExperimentError with one line where tyro would print a box.
 
-    --help begins with `description`, and has the `headings`, each before the flag that it is given for. The value of a flag
-    in `presets` chooses other defaults, by name, which every flag overrides.
+    --help begins with `description`, and shows the flags by their `groups`. The value of a flag in `presets` chooses other
+    defaults, by name, which every flag overrides.
     """
     argv = _as_tyro_reads_it(get_type_hints(config_class), argv)
-    headings = headings or {dataclasses.fields(config_class)[0].name: "flags"}
+    group_of = groups or {}
 
     def parse_with(defaults: Mapping[str, Any]) -> Config:
-        groups = vars(_tyro(_grouped(config_class, headings, defaults), argv, description))
+        groups = vars(_tyro(_grouped(config_class, group_of, defaults), argv, description))
         return config_class(**{name: value for group in groups.values() for name, value in vars(group).items()})
 
     config = parse_with({})
@@ -167,8 +167,8 @@ def _tyro(kind: type, argv: Sequence[str], description: str):
         raise ExperimentError(" ".join(re.sub("[│╭╮╰╯─]", " ", inside).split()) + " (see --help)") from None
 
 
-def _grouped(config_class: type, headings: Mapping[str, str], defaults: Mapping[str, Any]) -> type:
-    """A dataclass with a field for each heading; these are dataclasses of the fields of `config_class`.
+def _grouped(config_class: type, group_of: Mapping[str, str], defaults: Mapping[str, Any]) -> type:
+    """A dataclass with a field for each group; these are dataclasses of the fields of `config_class`.
 
     tyro shows each of them in a box of its own. It cannot find the docstrings of fields that are made here, so they are
     passed on, without "(default: )" and "{None}|STR" for what is empty by default.
@@ -176,8 +176,7 @@ def _grouped(config_class: type, headings: Mapping[str, str], defaults: Mapping[
     texts = {item.arg_name: item.description for item in docstring_parser.parse_from_object(config_class).params}
     groups: dict[str, list] = {}
     for field, kind in zip(dataclasses.fields(config_class), get_type_hints(config_class).values(), strict=True):
-        if field.name in headings:
-            group = groups.setdefault(headings[field.name], [])
+        group = groups.setdefault(group_of.get(field.name, "flags"), [])
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         default = defaults.get(field.name, default)
         hint = "" if default in (None, []) else None

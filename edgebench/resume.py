@@ -11,6 +11,7 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -24,15 +25,10 @@ from edgebench.cli import ExperimentError, flag, one_line, require, warn
 from edgebench.device import assign_copies, build_optimizer, copy_values
 from edgebench.energy import Meters, spans_as_json
 from edgebench.files import replacing
+from edgebench.flags import Flag
 from edgebench.load import LoadMeter
 from edgebench.timing import Epoch, EpochLog
 
-# What a run that is resumed may change: how long it trains and measures, on which device, and where its files and records go.
-MAY_CHANGE = {
-    *("recipe", "num_epochs", "resume", "debug", "measure_seconds", "compile_cache", "device", "checkpoint_path"),
-    *("results_dir", "node_name", "verbose", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name"),
-    *("wandb_tags", "wandb_group", "wandb_job_type", "wandb_artifact"),
-}
 CHECK_ALL = typeguard.CollectionCheckStrategy.ALL_ITEMS
 
 
@@ -53,14 +49,15 @@ class Progress:
     best_weights: list[np.ndarray] = field(default_factory=list)  # none where they are the model's own
 
 
-def identity(flags: dict, x_train: np.ndarray, y_train: np.ndarray) -> dict:
+def identity(settings: dict, flags: Mapping[str, Flag], x_train: np.ndarray, y_train: np.ndarray) -> dict:
     """All that decides what is learned: it has to be the same for an interrupted run to be resumed.
 
-    `flags` are the configuration as JSON. A schedule of the learning rate ends with the run, so its length decides as well.
+    `settings` are the configuration as JSON. A schedule of the learning rate ends with the run, so its length decides as well.
     """
-    may_change = MAY_CHANGE - ({"num_epochs"} if flags["learning_rate_schedule"] != "constant" else set())
-    data_checksum = zlib.crc32(y_train, zlib.crc32(np.ascontiguousarray(x_train)))
-    return {name: value for name, value in flags.items() if name not in may_change} | {"data": data_checksum}
+    fixed = {name: value for name, value in settings.items() if not flags[name].may_change}
+    if settings["learning_rate_schedule"] != "constant":
+        fixed["num_epochs"] = settings["num_epochs"]
+    return fixed | {"data": zlib.crc32(y_train, zlib.crc32(np.ascontiguousarray(x_train)))}
 
 
 def path_of(checkpoint_path: Path, identity: dict) -> Path:

@@ -18,8 +18,7 @@ import numpy as np
 import vit
 from edgebench import datasets, energy, latency, measure, process, timing
 from edgebench.callbacks import DIVERGED_ADVICE, StopSignals
-from edgebench.cli import Diverged, errors_in_one_line, flag, require
-from edgebench.compare.sets import BEFORE_RECIPES
+from edgebench.cli import Diverged, ExperimentError, errors_in_one_line, flag, require
 from edgebench.compile_cache import CompileCache
 from edgebench.console import EpochLines
 from edgebench.costs import vit_size
@@ -28,16 +27,20 @@ from edgebench.files import replacing
 from edgebench.load import LoadMeter, peak_rss_bytes
 from edgebench.results import recording, start_results, training_sections
 
+# The flags on the model and the training that the peers have; of the others they have the default only.
+HAVE = {"image_size", "patch_size", "projection_dim", "num_heads", "transformer_layers", "transformer_units"}
+HAVE |= {"mlp_head_units", "attention_dropout", "recipe", "learning_rate", "weight_decay", "batch_size", "num_epochs"}
+HAVE |= {"validation_split", "seed"}
+
 
 def check(config: vit.ViTConfig) -> None:
     """Refuse the flags that the peers do not have."""
-    require(config.augmentation == "fused", "the hand-written peers have --augmentation fused only")
-    require(not config.resume, "the hand-written peers have no --resume")
-    require(config.gradient_accumulation_steps == 1, "the hand-written peers have no --gradient-accumulation-steps")
-    published = vit.ViTConfig()
-    for name in (*BEFORE_RECIPES, "initial_weights"):
-        value, default = getattr(config, name), getattr(published, name)
-        require(value == default, f"the hand-written peers have no {flag(name)} {value}, only {default}")
+    defaults = vit.ViTConfig()
+    for name, known in vit.FLAGS.items():
+        value, default = getattr(config, name), getattr(defaults, name)
+        if known.group in ("model", "training") and name not in HAVE and value != default:
+            raise ExperimentError(f"the hand-written peers have no {flag(name)} {value}, only {default}")
+    require(bool(config.mlp_head_units), "the hand-written peers need at least one of --mlp-head-units")
 
 
 def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
@@ -193,6 +196,7 @@ def main(native_class, argv: Sequence[str], callbacks: Sequence[keras.callbacks.
     with errors_in_one_line("--debug" in argv):
         config = vit.read_config(argv)
         check(config)
+        vit.require_places(config)
         process.set_environment(config.device, config.compile_cache)
         native_class.configure()
         run_experiment(native_class, config, callbacks)

@@ -4,18 +4,21 @@ import copy
 import csv
 import json
 import re
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 from conftest import ROOT
 
 import benchmark
-import vit
+from edgebench import flags
 from edgebench.compare import metrics, report
 from edgebench.compare.items import find_baseline
 from edgebench.compare.report import build_report
 from edgebench.compare.runs import read_failures, read_results
-from edgebench.compare.sets import FACTS, FIELD_RULES, NOTED_PATHS, NOTED_WITHIN_A_NAME
+from edgebench.compare.sets import FACTS, NOTED_PATHS, NOTED_WITHIN_A_NAME
 from edgebench.files import replacing
+from studies import schema
 
 JAX, EAGER, COMPILED = "JAX (compiled)", "torch (eager)", "torch (compiled)"
 BASE = {
@@ -320,9 +323,18 @@ def test_what_may_differ_is_compared_but_noted(write, tmp_path):
     assert f"Note: the runs differ in environment: {environments}" in text
 
 
-def test_every_flag_of_vit_has_a_rule():
-    """A new flag must agree, is noted, or cannot matter: whoever adds it decides."""
-    assert set(FIELD_RULES) == set(vit.ViTConfig.__dataclass_fields__)
+def test_the_flags_stand_at_their_fields_and_the_schema_has_them_as_they_are():
+    """A report compares by what the schema says. make schema writes it anew."""
+    written = json.loads(schema.PATH.read_text())
+    assert schema.with_flags(copy.deepcopy(written)) == written
+
+    @dataclass
+    class Without:
+        size: Annotated[int, flags.model_flag()] = 1
+        speed: int = 2
+
+    with pytest.raises(TypeError, match="Without.speed has no flag"):
+        flags.flags_of(Without)
 
 
 def test_devices_have_tables_of_their_own_and_one_backend_is_compared_across_them(write, tmp_path):

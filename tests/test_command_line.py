@@ -101,7 +101,7 @@ def test_the_defaults_are_the_published_recipe():
 def test_a_wrong_value_is_one_clear_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop, cli.errors_in_one_line():
-        vit.read_config(flags.split())
+        vit.require_places(vit.read_config(flags.split()))
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1 and message in line
     assert not list(tmp_path.iterdir())

@@ -13,10 +13,11 @@ from conftest import INSTALLED, ROOT, TENSORFLOW_SLOW, TINY, environment_of_proc
 
 import vit
 from deploy.keras_model import rebuild
-from edgebench import cli, costs, layers, settings
+from edgebench import cli, costs, layers
 from edgebench.cli import ExperimentError
 from edgebench.compare import sets
 from edgebench.datasets import ShuffledBatches
+from edgebench.flags import check
 from edgebench.mixing import MixedBatches, Mixing, boxes, one_hot
 
 ALL = Mixing(label_smoothing=0.1, mixup=0.5, cutmix=0.5, random_erasing=0.25, rand_augment=5)
@@ -189,9 +190,7 @@ def test_images_that_are_not_bytes_and_a_warm_up_without_end_are_refused_in_one_
     assert "--warmup-epochs 5.0 leaves none of --num-epochs 5" in run_vit(*flags, *cosine, "--num-epochs=5").error_line
     assert "5.0 needs --learning-rate-schedule cosine" in run_vit(*flags, cosine[1]).error_line
     with pytest.raises(ExperimentError, match="--rand-augment must lie in"):
-        settings.check(
-            vit.ViTConfig(rand_augment=11.0, results_dir=tmp_path, checkpoint_path=tmp_path / "a.weights.h5")
-        )
+        check(vit.ViTConfig(rand_augment=11.0))
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from wandb_server import ENTITY, PROJECT, WandbServer
 
 import sweep as sweep_py
 import vit
-from edgebench import costs, settings
+from edgebench import costs, flags
 
 KEY = "0123456789abcdef" * 3
 GIB = 2**30
@@ -84,7 +84,7 @@ def test_the_configuration_is_valid_and_every_trial_drawn_from_it_can_be_run(dev
     ]
     for values in drawn:
         trial = vit.ViTConfig(**values, checkpoint_path=tmp_path / "a.weights.h5")
-        settings.check(trial)
+        flags.check(trial)
         assert trial.image_size % trial.patch_size == 0, f"{values} cuts pixels off"
         needed = costs.vit_size(trial.as_json(), 3, 100).train_memory_bytes(trial.batch_size, trial.dtype_policy)
         assert needed < MEMORY_BYTES[device], values

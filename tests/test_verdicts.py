@@ -4,9 +4,9 @@ import math
 import statistics
 
 import pytest
-from studies.verdicts import Spread, simulate
 
 from edgebench.compare.statistics import ALPHA, decide, holm, normal_quantile, paired, t_quantile, t_tail, welch
+from studies.verdicts import Spread, simulate
 
 
 def test_students_t_is_that_of_the_tables():

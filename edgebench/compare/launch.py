@@ -13,26 +13,12 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from edgebench.cli import ExperimentError, Interrupted, one_line, require
-from edgebench.compare.items import ROOT, VIT, Item, varied_fields
+from edgebench.cli import ExperimentError, Interrupted, one_line
+from edgebench.compare.items import VIT, Item, varied_fields
 from edgebench.compare.runs import BENCHMARK_FILE, Run, failures_in, read_benchmark, read_new_run, warn
 from edgebench.files import replacing
 
 STOP_S = 10.0  # seconds that a run has to end after SIGTERM
-# vit.py checks its flags before it imports Keras, which takes seconds. With None in its place that import fails, and the
-# flags are right. So all command lines are checked in a second, before the first of many runs.
-CHECK_FLAGS = """
-import json, runpy, sys
-root, script, command_lines = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-sys.path[0], sys.modules["keras"] = root, None
-for flags in command_lines:
-    sys.argv = [script, *flags]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except ModuleNotFoundError as error:
-        if error.name != "keras":
-            raise
-"""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -68,15 +54,14 @@ def interruptible() -> Iterator[None]:
 
 def check_flags(items: Sequence[Item], flags: Sequence[str]) -> None:
     """Raise ExperimentError for flags that vit.py refuses, before anything runs. What else may fail is left to the runs."""
-    with tempfile.TemporaryDirectory() as scratch:  # vit.py tries whether its folders can be written
-        folders = ["--results-dir", scratch, "--checkpoint-path", str(Path(scratch) / "best.weights.h5")]
-        command_lines = [[*flags, *item.command[1:], *folders, "--keras-backend", item.package] for item in items]
-        command = [sys.executable, "-c", CHECK_FLAGS, str(ROOT), str(VIT), json.dumps(command_lines)]
-        environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
-        checked = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
     prefix = "vit.py: error: "
-    errors = [line for line in checked.stderr.splitlines() if line.startswith(prefix)]
-    require(not errors, f"flags for vit.py: {errors[0].removeprefix(prefix)}" if errors else "")
+    for item in items:
+        command = [sys.executable, str(VIT), *flags, *item.command[1:], "--keras-backend", item.package, "--check"]
+        checked = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        errors = [line for line in checked.stderr.splitlines() if line.startswith(prefix)]
+        if errors:
+            raise ExperimentError(f"flags for vit.py: {errors[0].removeprefix(prefix)}")
 
 
 def alternating(items: Sequence[Item], repeats: int) -> list[tuple[int, Item]]:

@@ -32,6 +32,15 @@ def plain(value: object) -> str:
     return MARKUP.sub(lambda match: "\\" + match[0], " ".join(text.split()))
 
 
+def as_text(value: object) -> str:
+    """Return a value from a file as the report shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, dict):
+        return ", ".join(plain(f"{name}={each}") for name, each in value.items()) or "none"
+    return NONE if value is None else plain(value)
+
+
 def finite(value: object) -> float | None:
     """Return a value from a file if it is a finite number, else None."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -75,12 +84,7 @@ class Run:
 
     def text(self, path: str) -> str:
         """Return the value at `path` as the report shows it."""
-        value = self.get(path)
-        if isinstance(value, bool):
-            return "on" if value else "off"
-        if isinstance(value, dict):
-            return ", ".join(plain(f"{name}={each}") for name, each in value.items()) or "none"
-        return NONE if value is None else plain(value)
+        return as_text(self.get(path))
 
     @property
     def backend(self) -> str:

@@ -1,52 +1,20 @@
 """Which runs may be compared: those that agree in all that decides what is trained and how much work it is."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from edgebench.cli import BACKENDS
-from edgebench.compare.items import PEERS, RUNTIMES
-from edgebench.compare.runs import NONE, Device, Run
+from edgebench.compare.items import PEERS, ROOT, RUNTIMES
+from edgebench.compare.runs import NONE, Device, Run, as_text
+from edgebench.flags import MUST_AGREE, NOTED
 
-# Every field of vit.ViTConfig has one of three rules; a test fails for a field without one.
-MUST_AGREE = "must agree"  # runs that differ in it are not compared, unless benchmark.py was asked to vary it
-NOTED = "noted"  # runs that differ in it are compared, and the report says so
-CANNOT_MATTER = "cannot matter"  # it has no effect on what is compared, or another figure tells the effect apart
-MODEL = (
-    *("image_size", "patch_size", "projection_dim", "num_heads", "transformer_layers"),
-    *("transformer_units", "head", "mlp_head_units", "attention_dropout", "stochastic_depth"),
-)
-# What a file that was written before there were recipes stands for, as the report shows it.
-WITHOUT_SCHEDULE = {"learning_rate_schedule": "constant", "warmup_epochs": "0.0"}
-WITHOUT_ELEMENTS = {"head": "flatten"} | dict.fromkeys(("stochastic_depth", "label_smoothing", "ema"), "0.0")
-WITHOUT_ELEMENTS |= dict.fromkeys(("mixup", "cutmix", "random_erasing", "rand_augment"), "0.0")
-BEFORE_RECIPES = WITHOUT_SCHEDULE | WITHOUT_ELEMENTS
-SET_BY_A_RECIPE = (
-    *("image_size", "patch_size", "projection_dim", "transformer_layers", "mlp_head_units", "attention_dropout"),
-    *("weight_decay", "num_epochs", *WITHOUT_ELEMENTS),
-)
-FIELD_RULES = {
-    **dict.fromkeys(MODEL, MUST_AGREE),
-    "initial_weights": MUST_AGREE,
-    **dict.fromkeys(("learning_rate", "batch_size", "augmentation", *WITHOUT_SCHEDULE, *SET_BY_A_RECIPE), MUST_AGREE),
-    "recipe": CANNOT_MATTER,  # a name for values of those fields
-    **dict.fromkeys(("gradient_accumulation_steps", "validation_split", "dataset"), MUST_AGREE),
-    "resume": CANNOT_MATTER,  # only if the run was resumed, which `resumed` below tells
-    "seed": CANNOT_MATTER,  # runs are paired by it
-    # The device and how the numbers are computed
-    "dtype_policy": MUST_AGREE,
-    "tf32": MUST_AGREE,  # on a GPU
-    "jit": CANNOT_MATTER,  # whether the step was compiled, what/jit_compile, is part of the name
-    "keras_backend": CANNOT_MATTER,  # part of the name
-    "device": CANNOT_MATTER,  # runs on different devices are reported apart, by what/device
-    "node_name": CANNOT_MATTER,  # likewise
-    "compile_cache": CANNOT_MATTER,  # matters to compile times only, which what/compile_cache tells apart
-    # Measuring and recording
-    "measure_seconds": NOTED,  # decides how long is measured, not what
-    "use_wandb": NOTED,  # logging takes time between the epochs
-    **dict.fromkeys(("checkpoint_path", "results_dir", "debug"), CANNOT_MATTER),
-    **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags"), CANNOT_MATTER),
-    **dict.fromkeys(("wandb_group", "wandb_job_type", "wandb_artifact", "verbose"), CANNOT_MATTER),
-}
+# What vit.ViTConfig says about each flag. results.schema.json has it as well, since reports import neither vit.py nor Keras.
+_SCHEMA = json.loads((ROOT / "results.schema.json").read_text(encoding="utf-8"))
+FLAGS = _SCHEMA["properties"]["what"]["properties"]["config"]["properties"]
+DEFAULTS = {name: flag["default"] for name, flag in FLAGS.items() if flag["comparison"] == MUST_AGREE}
+MODEL = tuple(name for name, flag in FLAGS.items() if flag["group"] == "model")
+SET_BY_A_RECIPE = tuple(name for name, flag in FLAGS.items() if "modern" in flag)
 # Facts that must agree as well, with the flags that they follow from: where one of those is varied, so is the fact.
 FACTS = {
     "image_shape": ("dataset",),
@@ -61,7 +29,7 @@ NOTED_FACTS = (
 )
 NOTED_PATHS = (
     *NOTED_FACTS,
-    *(f"what/config/{field}" for field, rule in FIELD_RULES.items() if rule == NOTED),
+    *(f"what/config/{name}" for name, flag in FLAGS.items() if flag["comparison"] == NOTED),
     "load/cores",
 )
 NOTED_WITHIN_A_NAME = ("what/attention", "what/jit_failure", "what/deployed/trained_on")
@@ -74,10 +42,11 @@ def conditions(run: Run) -> dict[str, str]:
     multiplies float32 in full precision, as a GPU does without TF32.
     """
     varied = {*run.varied, *(SET_BY_A_RECIPE if "recipe" in run.varied else ())}
-    fields = [field for field, rule in FIELD_RULES.items() if rule == MUST_AGREE and field not in varied]
-    values = {field: run.text(f"what/config/{field}") for field in fields}
-    values |= {field: text for field, text in BEFORE_RECIPES.items() if values.get(field) == NONE}
-    if values.get("initial_weights") == NONE:  # a run from before the flag: its Keras decided
+    values = {name: run.text(f"what/config/{name}") for name in DEFAULTS if name not in varied}
+    for name, value in values.items():
+        if value == NONE:  # a run from before the flag has its default
+            values[name] = as_text(DEFAULTS[name])
+    if values.get("initial_weights") and run.get("what/config/initial_weights") is None:  # but here its Keras decided
         values["initial_weights"] = f"as in Keras {run.text('what/versions/Keras')}"
     for fact, flags in FACTS.items():
         if set(flags) & varied:
