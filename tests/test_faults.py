@@ -141,7 +141,7 @@ def identity_of(tmp_path: Path, dataset: Path, **changes) -> tuple[Path, dict]:
     """The resume file of a run on `dataset`, and the run's identity."""
     config = vit.ViTConfig(dataset=str(dataset), checkpoint_path=tmp_path / "a.weights.h5", **changes)
     data = vit.load_dataset(config.dataset, config.validation_split, config.seed)
-    identity = resume.identity(config.as_json(), data.x_train, data.y_train)
+    identity = resume.identity(config.as_json(), vit.FLAGS, data.x_train, data.y_train)
     return resume.path_of(config.checkpoint_path, identity), identity
 
 
