@@ -268,18 +268,21 @@ else:  # imported by a test, a notebook or a hand-written model of peers/, whose
 # Only now, as Keras chooses its backend, and the backend its device, when they are imported.
 with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_program=__name__ == "__main__"):
     import keras
+    import msgspec
     import numpy as np
     from keras import layers, ops
 
-    from edgebench import console, costs, data_checks, datasets, device, energy, measure, resume, timing, tracking
+    from edgebench import console, data_checks, datasets, device, resume, tracking
     from edgebench.averages import AverageInValidation, averaged_weights
-    from edgebench.callbacks import EpochSeeds, FiniteLoss, ReturnFreedMemory, StopSignals
+    from edgebench.callbacks import EpochSeeds, ReturnFreedMemory, StopSignals, require_finite
     from edgebench.compile_cache import CompileCache
-    from edgebench.latency import merge
     from edgebench.layers import Attention, Dropout, StochasticDepth, random_uniform
-    from edgebench.load import LoadMeter, peak_rss_bytes
+    from edgebench.measure import costs, meters, steps
+    from edgebench.measure.epochs import EpochRecorder, energy_of_epoch, training_figures
+    from edgebench.measure.latency import merge
+    from edgebench.measure.sensors import find_sensors, peak_rss_bytes
     from edgebench.mixing import batches_for, one_hot
-    from edgebench.results import how_it_runs, recording, start_results, training_sections
+    from edgebench.results import how_it_runs, recording, start_results
     from edgebench.torch_graphs import FusedAdamW, with_graphs
 
 device.reset_keras()
@@ -579,15 +582,15 @@ class BestWeights(keras.callbacks.Callback):
     in place.) Without validation images every epoch counts as better than the one before.
     """
 
-    def __init__(self, path: Path, epoch: int = 0, accuracy: float = -math.inf, weights: Sequence[np.ndarray] = ()):
+    def __init__(self, path: Path, epoch: int = 0, accuracy: float | None = None, weights: Sequence[np.ndarray] = ()):
         super().__init__()
         self.file, self.epoch, self.accuracy, self.weights = WeightsFile(path), epoch, accuracy, weights
 
     def on_epoch_end(self, epoch, logs=None):
         accuracy = (logs or {}).get("val_accuracy")
-        if accuracy is not None and accuracy <= self.accuracy:
-            return
         if accuracy is not None:
+            if self.accuracy is not None and accuracy <= self.accuracy:
+                return
             self.accuracy = accuracy
         with averaged_weights(self.model):  # as the validation saw them
             self.epoch, self.weights = epoch + 1, device.copy_values(self.model.weights)
@@ -600,15 +603,16 @@ class CustomWandbCallback(keras.callbacks.Callback):
     Batch hooks would make JAX and torch wait in every step. (wandb.integration.keras needs TensorFlow: wandb issue 7186.)
     """
 
-    def __init__(self, run, images: int, timer: timing.EpochTimer, meters: energy.Meters):
+    def __init__(self, run, images: int, recorder: EpochRecorder):
         super().__init__()
-        self.run, self.images, self.timer, self.meters = run, images, timer, meters
+        self.run, self.images, self.recorder = run, images, recorder
 
     def on_epoch_end(self, epoch, logs=None):
-        figures = {"epoch": epoch + 1, "train_s": self.timer.train_s, "images_per_s": self.images / self.timer.train_s}
+        record = self.recorder.epochs[-1]
+        figures = {"epoch": epoch + 1, "train_s": record.train_s, "images_per_s": self.images / record.train_s}
         figures |= {**(logs or {}), "learning_rate": float(ops.convert_to_numpy(self.model.optimizer.learning_rate))}
         try:
-            self.run.log(figures | energy.of_epoch(self.meters, self.images, epoch))
+            self.run.log(figures | energy_of_epoch(record, self.images))
         except Exception as error:  # a full disk, a service that has died: the training goes on
             cli.warn(f"W&B did not take epoch {epoch + 1} ({cli.one_line(error)})")
 
@@ -692,7 +696,10 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
         data = replace(data, **{y: one_hot(getattr(data, y), data.num_classes) for y in ("y_train", "y_val", "y_test")})
     make_batches = batches_for(settings, data.x_train.dtype)
     resume_path = resume.path_of(config.checkpoint_path, run_identity)
-    progress = resume.read(resume_path, run_identity, config.num_epochs) if config.resume else resume.Progress()
+    resumed = resume.read(resume_path, run_identity, config.num_epochs) if config.resume else resume.Resumed()
+    progress = resumed.progress
+    if config.resume:
+        console.print_resumed(resume_path, len(progress.epochs))
     first_epoch, images = len(progress.epochs), config.micro_batch_size
     is_resumable = not os.environ.get("WANDB_SWEEP_ID")  # nobody resumes a sweep's trials, and they would fill the disk
     if is_resumable and resume_path.exists() and not config.resume:
@@ -720,38 +727,37 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             console.print_model(parameters, config.num_patches, config.image_size % config.patch_size)
 
             # Measure; the weights are afterwards as before
-            sensors = machine.is_gpu, machine.gpu_id, progress.energy_spans, first_epoch
-            meters = energy.start_meters(*sensors) if budget_s else energy.NOT_MEASURED
-            measured, compiling_epochs = progress.measured, list(progress.compiling_epochs)
-            if budget_s and not measured:
+            sensors = find_sensors(machine.is_gpu, machine.gpu_id)
+            measured = progress.measured
+            compiles_first = not budget_s or bool(measured)  # nothing is compiled before the first epoch
+            if not compiles_first:
                 print(f"measuring latency and step time, for up to {budget_s:g} s each (--measure-seconds)")
                 arrays = data.x_train, data.y_train, data.x_test, data.y_test
                 parts = config.gradient_accumulation_steps
-                sections = measure.before_training(
-                    model, make_batches, *arrays, images, parts, budget_s, meters, signals.raise_if_received
+                sections = steps.before_training(
+                    model, make_batches, *arrays, images, parts, budget_s, sensors, signals.raise_if_received
                 )
-                measured = measure.finish(sections, build_s, ready_s)
-            else:
-                compiling_epochs.append(first_epoch)  # nothing is compiled before it
+                measured = steps.finish(sections, build_s, ready_s)
 
             # Train
-            load_meter = LoadMeter(machine.is_gpu, machine.gpu_id, progress.load_spans, first_epoch)
-            timer = timing.EpochTimer([*energy.running(meters), load_meter], progress.epochs)
-            log = timing.EpochLog(timer, progress.epochs)
-            best_weights = resume.restore(model, progress, resume_path)
+            def check_epoch(epoch: int, logs: dict) -> None:
+                require_finite(epoch, logs, lambda: model.predict_on_batch(data.x_train[:images]))
+
+            meter = meters.Meter(meters.all_of(sensors))
+            recorder = EpochRecorder(meter, progress.epochs, compiles_first, check_epoch)
+            best_weights = resume.restore(model, resumed, resume_path)
             best = BestWeights(config.checkpoint_path, progress.best_epoch, progress.best_accuracy, best_weights)
-            # In this order: the time of the training part ends first; an epoch that diverged is neither best nor logged.
-            finite = FiniteLoss(data.x_train[:images])
-            own_callbacks = [EpochSeeds(config.seed, batches), signals, timer, finite, best, log, ReturnFreedMemory()]
+            # In this order: the record of an epoch is made first, and an epoch that diverged has none.
+            own_callbacks = [EpochSeeds(config.seed, batches), signals, recorder, best, ReturnFreedMemory()]
             own_callbacks.append(AverageInValidation())
             if is_resumable:
                 wandb_id = wandb_run.id if wandb_run else None
-                start = replace(progress, wandb_id=wandb_id, measured=measured, compiling_epochs=compiling_epochs)
-                own_callbacks.append(resume.ResumeFile(resume_path, run_identity, start, log, best, meters, load_meter))
+                started = msgspec.structs.replace(progress, wandb_id=wandb_id, measured=measured)
+                own_callbacks.append(resume.ResumeFile(resume_path, run_identity, started, recorder, best))
             if wandb_run:
                 tracking.describe(wandb_run, results["what"])
-                own_callbacks.append(CustomWandbCallback(wandb_run, len(data.x_train), timer, meters))
-            lines = console.epoch_lines(len(data.x_train), timer)
+                own_callbacks.append(CustomWandbCallback(wandb_run, len(data.x_train), recorder))
+            lines = console.epoch_lines(len(data.x_train), recorder)
             try:
                 model.fit(
                     batches,
@@ -768,8 +774,9 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
                 resumable = str(resume_path) if is_resumable and resume_path.exists() else None
                 results["files"] = {"weights": best.file.current, "resume": resumable}
                 count = len(data.x_train)
-                training = training_sections(log.epochs, count, compiling_epochs, results["what"], meters, load_meter)
-                waiting = measure.to_first_epoch(log.epochs, None if first_epoch else ready_s, measured)
+                threads = device.backend_threads()
+                training = training_figures(recorder.epochs, count, sensors, results["what"], threads)
+                waiting = steps.to_first_epoch(recorder.epochs, None if first_epoch else ready_s, measured)
                 for section, figures in merge(measured, training, waiting).items():
                     results[section] = results.get(section, {}) | figures
                 results["memory"]["train_peak_device_bytes"] = device.find_device().peak_memory_bytes
@@ -785,12 +792,12 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
             def evaluate() -> dict:
                 return model.evaluate(data.x_test, data.y_test, images, verbose=0, return_dict=True)
 
-            test, evaluation = measure.evaluation(evaluate, len(data.x_test), budget_s)
+            test, evaluation = steps.evaluation(evaluate, len(data.x_test), budget_s)
             signals.raise_if_received()
             for section, figures in evaluation.items():
                 results[section] |= figures
             results["memory"]["peak_rss_bytes"] = peak_rss_bytes()
-            results["quality"] |= {"best_epoch": best.epoch, "best_epoch_s": log.epochs[best.epoch - 1].end_s}
+            results["quality"] |= {"best_epoch": best.epoch, "best_epoch_s": recorder.epochs[best.epoch - 1].end_s}
             results["quality"]["test"] = {f"test_{name}": value for name, value in test.items()}
     resume.finish(resume_path, keeps_state=config.resume and config.learning_rate_schedule == "constant")
     return results

@@ -7,7 +7,7 @@ import numpy as np
 from deploy import parity
 from deploy.formats import FORMATS
 from deploy.source import Source
-from edgebench.energy import unavailable
+from edgebench.measure.meters import unavailable
 from edgebench.record import machine_and_code
 from edgebench.schema import SCHEMA_VERSION
 

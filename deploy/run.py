@@ -16,9 +16,10 @@ import numpy as np
 
 from deploy.formats import FORMATS
 from deploy.runtimes import Predict, open_file
-from edgebench import cli, energy, latency, nvml, process
+from edgebench import cli, nvml, process
 from edgebench.compare.items import RUNTIMES
-from edgebench.load import LoadMeter, cores
+from edgebench.measure import latency, meters
+from edgebench.measure.sensors import cores, find_sensors
 from edgebench.record import cpu_name
 
 
@@ -57,8 +58,8 @@ def measure(request: dict, folder: Path, threads: int) -> dict:
     images = np.array(np.load(folder / "images.npy", mmap_mode="r")[:largest])
     images = np.resize(images, (largest, *images.shape[1:]))  # repeats them where there are fewer test images
     package = RUNTIMES[FORMATS[form].runtime]
-    meters = energy.start_meters(device == "gpu", gpu_id, {})
-    load_meter = LoadMeter(device == "gpu", gpu_id)
+    sensors = find_sensors(device == "gpu", gpu_id)
+    load_meter = meters.Meter({"load": sensors.load})
 
     predict, open_s = latency.timed(open_file, form, files[0][1], threads, device, request["tf32"])
     ready_s = process.age_s()
@@ -67,9 +68,9 @@ def measure(request: dict, folder: Path, threads: int) -> dict:
     if len(files) > 1:
         predict = open_file(form, files[1][1], threads, device, request["tf32"])
         sections = latency.merge(sections, latency.batches(predict, images, budget_s))
-    load_meter.end()
-    joules = energy.inference_energy(meters, lambda: predict(images), len(images))
-    load, missing = load_meter.figures([0], threads)
+    load_record = load_meter.end()["load"]
+    joules = meters.inference_energy(sensors, lambda: predict(images), len(images))
+    load, missing = meters.load_figures(sensors.load, [load_record], threads)
     times = {"time": {"import_s": ready_s - open_s, "build_s": open_s}}
     del sections["compile_s"]  # nothing compiles: the first call costs what the runtime allocates
     # The package may be another one, as onnxruntime-gpu. ai_edge_litert does not tell its version.

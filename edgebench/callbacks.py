@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -33,25 +34,18 @@ class EpochSeeds(keras.callbacks.Callback):
         seed_generators((self.seed + 1_000_003 * (epoch + 1)) % 2**32)
 
 
-class FiniteLoss(keras.callbacks.Callback):
-    """Ends the run after the epoch in which the loss becomes NaN or infinite, before its weights can count as the best.
+def require_finite(epoch: int, logs: dict, predict: Callable[[], np.ndarray] | None = None) -> None:
+    """Raise Diverged if the loss of this epoch, counted from 0, is NaN or infinite: its weights are then no record.
 
     The loss of an epoch is a running mean, in which a NaN stays. (keras.callbacks.TerminateOnNaN reads the loss of every
-    step, for which JAX and torch wait, and ends `fit` without an error.) Without validation, `images` show whether the last
-    step has spoiled the weights, after its loss was computed.
+    step, for which JAX and torch wait, and ends `fit` without an error.) Without validation, the answers of `predict` show
+    whether the last step has spoiled the weights, after its loss was computed.
     """
-
-    def __init__(self, images: np.ndarray):
-        super().__init__()
-        self.images = images
-
-    def on_epoch_end(self, epoch, logs=None):
-        logs = logs or {}
-        for name, meaning in (("loss", "the loss"), ("val_loss", "the validation loss")):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise Diverged(f"{meaning} is not a finite number in epoch {epoch + 1}; {DIVERGED_ADVICE}")
-        if "val_loss" not in logs and not np.isfinite(self.model.predict_on_batch(self.images)).all():
-            raise Diverged(f"the model's answers are not finite numbers after epoch {epoch + 1}; {DIVERGED_ADVICE}")
+    for name, meaning in (("loss", "the loss"), ("val_loss", "the validation loss")):
+        if not math.isfinite(logs.get(name, 0.0)):
+            raise Diverged(f"{meaning} is not a finite number in epoch {epoch + 1}; {DIVERGED_ADVICE}")
+    if predict and "val_loss" not in logs and not np.isfinite(predict()).all():
+        raise Diverged(f"the model's answers are not finite numbers after epoch {epoch + 1}; {DIVERGED_ADVICE}")
 
 
 class ReturnFreedMemory(keras.callbacks.Callback):

@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from edgebench.cli import flag
-from edgebench.energy import UNAVAILABLE
+from edgebench.measure.epochs import EpochRecorder
+from edgebench.measure.meters import UNAVAILABLE
 from edgebench.streams import SteadyStream
-from edgebench.timing import EpochTimer
 
 WIDTH = 80
 LABEL = 10  # columns before the text of a line
@@ -33,6 +33,14 @@ def print_start(versions: dict[str, str | None], device: str, config: dict, defa
     same = [f"{name} {_as_text(value)}" for name, value in config.items() if value == defaults[name]]
     _print_paragraph("changed", " ".join(changed) or "nothing", "bold")
     _print_paragraph("default", ", ".join(same), "dim")
+
+
+def print_resumed(path: Path, epochs: int) -> None:
+    """Print how many epochs of an interrupted run are done; `path` is where its state would be."""
+    if epochs:
+        print(f"resume: {epochs} {'epoch is' if epochs == 1 else 'epochs are'} done")
+    else:
+        print(f"resume: nothing at {path}, starting from scratch")
 
 
 def print_model(parameters: int, patches: int, rest: int) -> None:
@@ -59,12 +67,12 @@ def _as_text(value) -> str:
 class EpochLines(keras.callbacks.Callback):
     """Prints a line of at most 80 columns at the end of every epoch, of `images` training images."""
 
-    def __init__(self, images: int, timer: EpochTimer):
+    def __init__(self, images: int, recorder: EpochRecorder):
         super().__init__()
-        self.images, self.timer = images, timer
+        self.images, self.recorder = images, recorder
 
     def on_epoch_end(self, epoch, logs=None):
-        logs, seconds = logs or {}, self.timer.train_s
+        logs, seconds = logs or {}, self.recorder.epochs[-1].train_s
         line = f"Epoch {epoch + 1}/{self.params['epochs']}: {seconds:.3g} s, {self.images / seconds:,.0f} images/s"
         line += f", loss {logs['loss']:.4g}, accuracy {_percent(logs['accuracy'])}"
         if "val_accuracy" in logs:
@@ -81,8 +89,8 @@ class EpochBar(EpochLines):
 
     async_safe = True  # so that Keras does not wait for each step
 
-    def __init__(self, images: int, timer: EpochTimer):
-        super().__init__(images, timer)
+    def __init__(self, images: int, recorder: EpochRecorder):
+        super().__init__(images, recorder)
         text = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]:>7,.0f} images/s")
         terminal = Console(file=SteadyStream(sys.__stdout__))
         left = TimeRemainingColumn(), TextColumn("left")
@@ -110,9 +118,9 @@ class EpochBar(EpochLines):
         self._bar.stop()
 
 
-def epoch_lines(images: int, timer: EpochTimer) -> EpochLines:
-    """A bar on a terminal and a line an epoch; in a log file the line alone."""
-    return (EpochBar if sys.stdout.isatty() else EpochLines)(images, timer)
+def epoch_lines(images: int, recorder: EpochRecorder) -> EpochLines:
+    """A bar on a terminal and a line per epoch; in a log file the line alone."""
+    return (EpochBar if sys.stdout.isatty() else EpochLines)(images, recorder)
 
 
 def print_summary(results: dict, path: Path | None, upload: str | None) -> None:

@@ -3,9 +3,8 @@
 import contextlib
 import platform
 import shlex
-import statistics
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -14,14 +13,10 @@ from edgebench import console
 from edgebench.callbacks import StopSignals
 from edgebench.cli import ExperimentError, Interrupted, one_line
 from edgebench.compile_cache import CompileCache
-from edgebench.costs import peak_flops
-from edgebench.device import Device, backend_threads
-from edgebench.energy import UNAVAILABLE, Meters, energy_figures
+from edgebench.device import Device
 from edgebench.layers import attention_path
-from edgebench.load import LoadMeter
 from edgebench.record import machine_and_code, write_results
 from edgebench.schema import SCHEMA_VERSION
-from edgebench.timing import Epoch
 from edgebench.torch_graphs import is_compiled
 from edgebench.tracking import finish_wandb, where_to_see
 
@@ -57,45 +52,6 @@ def start_results(
         missing |= dict.fromkeys((f"memory/{name}" for name in memory), "the backend runs on the CPU")
     sections = {"time": {"import_s": import_s}, "memory": memory, "missing": missing}
     return {"schema_version": SCHEMA_VERSION, "status": "failed", "failure": None, "what": what, **sections}
-
-
-def training_sections(
-    epochs: Sequence[Epoch],
-    images: int,
-    compiling_epochs: Collection[int],
-    what: dict,
-    meters: Meters,
-    load_meter: LoadMeter,
-) -> dict[str, dict]:
-    """Sections on the complete epochs, `images` long each. Those that compile, by index, count only for the accuracy."""
-    counted = [i for i in range(len(epochs)) if i not in compiling_epochs]
-    counted_s = [epochs[i].train_s for i in counted]
-    rate = images / statistics.median(counted_s) if counted else None
-    peak = peak_flops(what["device"], what["dtype_policy"], what["tf32"])
-    time_figures = {
-        "epoch_s": [epoch.train_s for epoch in epochs],
-        "train_images_per_s": rate,
-        "epoch_spread": max(counted_s) / min(counted_s) if len(counted) > 1 else None,
-        "model_flops_utilization": rate * what["train_flops_per_image"] / peak if rate and peak else None,
-    }
-    none = "no epoch is complete but those that compile"
-    missing = {} if counted else {"time/train_images_per_s": none, "time/model_flops_utilization": none}
-    if len(counted) < 2:
-        missing["time/epoch_spread"] = "fewer than two epochs count"
-    if not peak:
-        missing["time/model_flops_utilization"] = "the peak of this device in this number format is not listed"
-    energy = energy_figures(meters, images, counted)
-    for part, figures in energy.items():
-        if figures["joules_per_image"] is None:
-            missing[f"energy/{part}/joules_per_image"] = figures["source"].removeprefix(UNAVAILABLE)
-    load, load_missing = load_meter.figures(counted, backend_threads())
-    return {
-        "time": time_figures,
-        "load": load,
-        "energy": energy,
-        "quality": {"epochs": [epoch.logs for epoch in epochs], "epoch_end_s": [epoch.end_s for epoch in epochs]},
-        "missing": missing | load_missing,
-    }
 
 
 def how_it_runs(model: keras.Model, shape: tuple[int, ...], dropout: float, cache: CompileCache) -> dict:

@@ -7,46 +7,52 @@ device, everything that was measured, and whose state it is.
 import contextlib
 import glob
 import json
-import math
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import keras
+import msgspec
 import numpy as np
-import typeguard
 
 from edgebench.averages import averages
-from edgebench.cli import ExperimentError, flag, one_line, require, warn
+from edgebench.cli import ExperimentError, flag, one_line, warn
 from edgebench.device import assign_copies, build_optimizer, copy_values
-from edgebench.energy import Meters, spans_as_json
 from edgebench.files import replacing
 from edgebench.flags import Flag
-from edgebench.load import LoadMeter
-from edgebench.timing import Epoch, EpochLog
-
-CHECK_ALL = typeguard.CollectionCheckStrategy.ALL_ITEMS
+from edgebench.measure.epochs import Epoch, EpochRecorder
 
 
-@dataclass
-class Progress:
-    """How far a run has come; by default, nowhere."""
+class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a run has come, as it is in its resume file beside the arrays."""
 
-    epochs: list[Epoch] = field(default_factory=list)
-    resumed_after_epochs: list[int] = field(default_factory=list)
-    compiling_epochs: list[int] = field(default_factory=list)  # by index: those that a process compiled in
-    wandb_id: str | None = None
-    measured: dict[str, dict] = field(default_factory=dict)  # sections of the results, measured before the training
-    energy_spans: dict[str, list[list[list[float | list[float | None]]]]] = field(default_factory=dict)
-    load_spans: list[dict[str, Any] | None] = field(default_factory=list)
-    best_epoch: int = 0
-    best_accuracy: float = -math.inf
-    variables: list[np.ndarray] = field(default_factory=list)
-    best_weights: list[np.ndarray] = field(default_factory=list)  # none where they are the model's own
+    epochs: list[Epoch]
+    resumed_after_epochs: list[int]
+    wandb_id: str | None
+    measured: dict[str, dict[str, Any]]  # sections of the results, measured before the training
+    best_epoch: int
+    best_accuracy: float | None  # None without validation images
+
+
+class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The JSON part of a resume file; the first `variables` arrays are the model's, the others the best weights."""
+
+    identity: dict[str, Any]
+    variables: int
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What an interrupted run has left; by default nothing. There are no `best_weights` where they are the model's own."""
+
+    progress: Progress = Progress([], [], None, {}, 0, None)
+    variables: Sequence[np.ndarray] = ()
+    best_weights: Sequence[np.ndarray] = ()
 
 
 def identity(settings: dict, flags: Mapping[str, Flag], x_train: np.ndarray, y_train: np.ndarray) -> dict:
@@ -72,7 +78,7 @@ def _of_complete_run(path: Path) -> Path:
     return path.with_name(path.name.replace(".resume.npz", ".complete.npz"))
 
 
-def read(path: Path, identity: dict, num_epochs: int) -> Progress:
+def read(path: Path, identity: dict, num_epochs: int) -> Resumed:
     """What the run with this identity has left, interrupted or complete; nothing where there is no file.
 
     Raises ExperimentError for a damaged file, where more epochs than `num_epochs` are done, where a complete run has not kept
@@ -82,36 +88,32 @@ def read(path: Path, identity: dict, num_epochs: int) -> Progress:
         path = _of_complete_run(path)
     if not path.exists():
         _require_no_other_run(path, identity)
-        print(f"resume: nothing at {path}, starting anew")
-        return Progress()
+        return Resumed()
     try:
         with np.load(path, allow_pickle=False) as archive:
-            state = json.loads(archive["progress"].tobytes())
+            state = _state_in(archive)
             values = [archive[f"value_{i}"] for i in range(len(archive.files) - 1)]
-        if state["identity"] != identity:
+        if state.identity != identity:
             raise ValueError("it belongs to another run")
-        epochs, count = [Epoch(**epoch) for epoch in state["epochs"]], state["variables"]
-        state |= {"epochs": epochs, "variables": values[:count], "best_weights": values[count:]}
-        names = {field.name for field in fields(Progress)}
-        if missing := names - state.keys():
-            raise ValueError(f"{', '.join(sorted(missing))} missing")
-        progress = Progress(**{name: state[name] for name in names})
-        for item in (progress, *progress.epochs):
-            for name, kind in get_type_hints(type(item)).items():
-                typeguard.check_type(getattr(item, name), kind, collection_check_strategy=CHECK_ALL)
-    except Exception as error:  # zipfile, zlib, json and numpy raise a dozen types
-        message = f"--resume: {path} is damaged ({one_line(error)}); remove it to start anew"
+    except Exception as error:  # zipfile, zlib, msgspec and numpy raise a dozen types
+        message = f"--resume: {path} is damaged ({one_line(error)}); remove it to start from scratch"
         raise ExperimentError(message) from error
-    done = len(progress.epochs)
-    require(done <= num_epochs, f"--resume: {done} epochs are done, more than --num-epochs {num_epochs}")
-    anew = "without --resume it starts anew, and with it from the start on it can go on when it is complete"
-    require(
-        bool(progress.variables),
-        f"--resume: this run is complete after {done} epochs, and kept nothing to go on with; {anew}",
+    done = len(state.progress.epochs)
+    if done > num_epochs:
+        raise ExperimentError(f"--resume: {done} epochs are done, more than --num-epochs {num_epochs}")
+    if not values:
+        raise ExperimentError(
+            f"--resume: this run is complete after {done} epochs, and its training state was not kept. Start it with "
+            "--resume next time to be able to extend it; without --resume it starts over"
+        )
+    progress = msgspec.structs.replace(
+        state.progress, resumed_after_epochs=[*state.progress.resumed_after_epochs, done]
     )
-    progress.resumed_after_epochs.append(done)
-    print(f"resume: {done} {'epoch is' if done == 1 else 'epochs are'} done")
-    return progress
+    return Resumed(progress, values[: state.variables], values[state.variables :])
+
+
+def _state_in(archive: Mapping[str, np.ndarray]) -> _State:
+    return msgspec.json.decode(archive["progress"].tobytes(), type=_State)
 
 
 def finish(path: Path, keeps_state: bool) -> None:
@@ -133,7 +135,7 @@ def _require_no_other_run(path: Path, identity: dict) -> None:
     for other in path.parent.glob(f"{stem}.{'[0-9a-f]' * 8}.resume.npz"):
         try:
             with np.load(other, allow_pickle=False) as archive:
-                theirs = json.loads(archive["progress"].tobytes())["identity"]
+                theirs = _state_in(archive).identity
         except Exception:  # damaged, or just removed by its own run
             continue
         names = [name for name in identity if theirs.get(name) != identity[name] and name != "data"]
@@ -141,20 +143,22 @@ def _require_no_other_run(path: Path, identity: dict) -> None:
         raise ExperimentError(f"--resume: the interrupted run {other} has {flags or 'other images'}; repeat its flags")
 
 
-def restore(model: keras.Model, progress: Progress, path: Path) -> list[np.ndarray]:
+def restore(model: keras.Model, resumed: Resumed, path: Path) -> Sequence[np.ndarray]:
     """Put weights, seeds and the optimizer's state that were read from `path` into the model; return the best weights so far.
 
     Nothing happens where there are none. Raises ExperimentError where they do not fit the model.
     """
-    if not progress.variables:
+    if not resumed.variables:
         return []
-    variables, values = _variables(model), [*progress.variables, *progress.best_weights]
-    expected = [*variables, *(model.weights if progress.best_weights else [])]
+    variables, values = _variables(model), [*resumed.variables, *resumed.best_weights]
+    expected = [*variables, *(model.weights if resumed.best_weights else [])]
     fits = [value.shape for value in values] == [tuple(variable.shape) for variable in expected]
-    fits = fits and all(value.dtype.kind in "fiu" for value in values)
-    require(fits, f"--resume: {path} does not fit the model of this version of Keras; remove it to start anew")
-    assign_copies(variables, progress.variables)
-    return progress.best_weights or copy_values(model.weights)
+    if not fits or any(value.dtype.kind not in "fiu" for value in values):
+        raise ExperimentError(
+            f"--resume: {path} does not fit the model of this version of Keras; remove it to start from scratch"
+        )
+    assign_copies(variables, resumed.variables)
+    return resumed.best_weights or copy_values(model.weights)
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:
@@ -166,29 +170,23 @@ def _variables(model: keras.Model) -> list[keras.Variable]:
 class ResumeFile(keras.callbacks.Callback):
     """Writes all that continues the run after every complete epoch, as one file, atomically."""
 
-    def __init__(
-        self, path: Path, identity: dict, started: Progress, log: EpochLog, best, meters: Meters, load_meter: LoadMeter
-    ):
-        """`started` is how far the run had come when it was started; `log` and `best`, the vit.BestWeights, run before this."""
+    def __init__(self, path: Path, identity: dict, started: Progress, recorder: EpochRecorder, best):
+        """`started` is how far the run had come when it was started; `recorder` and `best`, the vit.BestWeights, run before this."""
         super().__init__()
-        self.path, self.log, self.best, self.meters, self.load_meter = path, log, best, meters, load_meter
-        names = ("wandb_id", "measured", "resumed_after_epochs", "compiling_epochs")
-        self.constant = {"identity": identity, **{name: getattr(started, name) for name in names}}
+        self.path, self.identity, self.started, self.recorder, self.best = path, identity, started, recorder, best
 
     def on_epoch_end(self, epoch, logs=None):
         variables = _variables(self.model)
         is_model = self.best.epoch == epoch + 1 and not averages(self.model)
-        best_weights = [] if is_model else self.best.weights
-        state = self.constant | {
-            "variables": len(variables),
-            "epochs": [asdict(epoch) for epoch in self.log.epochs],
-            "best_epoch": self.best.epoch,
-            "best_accuracy": self.best.accuracy,
-            "energy_spans": spans_as_json(self.meters),
-            "load_spans": self.load_meter.spans,
-        }
-        arrays = {"progress": np.frombuffer(json.dumps(state).encode(), np.uint8)}
-        arrays |= {f"value_{i}": value for i, value in enumerate([*copy_values(variables), *best_weights])}
+        progress = msgspec.structs.replace(
+            self.started,
+            epochs=self.recorder.epochs,
+            best_epoch=self.best.epoch,
+            best_accuracy=self.best.accuracy,
+        )
+        state = msgspec.json.encode(_State(self.identity, len(variables), progress))
+        values = [*copy_values(variables), *([] if is_model else self.best.weights)]
+        arrays = {"progress": np.frombuffer(state, np.uint8)} | {f"value_{i}": value for i, value in enumerate(values)}
         try:
             # np.savez does the same, but on a full disk it leaves an archive open, which ends in a traceback.
             with replacing(self.path) as scratch, zipfile.ZipFile(scratch, "w") as archive:

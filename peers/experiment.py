@@ -16,16 +16,18 @@ import keras
 import numpy as np
 
 import vit
-from edgebench import datasets, energy, latency, measure, process, timing
-from edgebench.callbacks import DIVERGED_ADVICE, StopSignals
-from edgebench.cli import Diverged, ExperimentError, errors_in_one_line, flag, require
+from edgebench import datasets, process
+from edgebench.callbacks import StopSignals, require_finite
+from edgebench.cli import ExperimentError, errors_in_one_line, flag, require
 from edgebench.compile_cache import CompileCache
 from edgebench.console import EpochLines
-from edgebench.costs import vit_size
-from edgebench.device import find_device, prepare
+from edgebench.device import backend_threads, find_device, prepare
 from edgebench.files import replacing
-from edgebench.load import LoadMeter, peak_rss_bytes
-from edgebench.results import recording, start_results, training_sections
+from edgebench.measure import latency, meters, steps
+from edgebench.measure.costs import vit_size
+from edgebench.measure.epochs import EpochRecorder, training_figures
+from edgebench.measure.sensors import Sensors, find_sensors, peak_rss_bytes
+from edgebench.results import recording, start_results
 
 # The flags on the model and the training that the peers have; of the others they have the default only.
 HAVE = {"image_size", "patch_size", "projection_dim", "num_heads", "transformer_layers", "transformer_units"}
@@ -70,39 +72,41 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
         print(f"model: {what['num_parameters']:,} trainable parameters")
 
         # Measure
-        meters = energy.start_meters(machine.is_gpu, machine.gpu_id, {}) if budget_s else energy.NOT_MEASURED
+        sensors = find_sensors(machine.is_gpu, machine.gpu_id)
         measured: latency.Sections = {}
         if budget_s:
-            sections = measure_native(native, data, config.batch_size, budget_s, meters)
-            measured = measure.finish(sections, build_s, ready_s)
+            sections = measure_native(native, data, config.batch_size, budget_s, sensors)
+            measured = steps.finish(sections, build_s, ready_s)
 
         # Train
-        load_meter = LoadMeter(machine.is_gpu, machine.gpu_id)
-        timer = timing.EpochTimer([*energy.running(meters), load_meter], wait=lambda: None)  # train_epoch has waited
-        log = timing.EpochLog(timer)
-        lines = EpochLines(len(data.x_train), timer)
+        recorder = EpochRecorder(
+            meters.Meter(meters.all_of(sensors)),
+            compiles_first=not budget_s,
+            check=require_finite,
+            wait=lambda: None,  # train_epoch has waited
+        )
+        lines = EpochLines(len(data.x_train), recorder)
         lines.set_params({"epochs": config.num_epochs})
-        best, best_epoch = train(native, config, data, [timer, log, lines, *callbacks])
+        best, best_epoch = train(native, config, data, [recorder, lines, *callbacks])
         results["files"] = {"weights": str(config.checkpoint_path), "resume": None}
 
         # Evaluate and record
         def evaluate() -> dict:
             return means(native.evaluate(best, *native.on_device(data.x_test, data.y_test)), len(data.x_test), "test_")
 
-        compiling_epochs = () if budget_s else (0,)
-        training = training_sections(log.epochs, len(data.x_train), compiling_epochs, what, meters, load_meter)
-        waiting = measure.to_first_epoch(log.epochs, ready_s, measured)
+        training = training_figures(recorder.epochs, len(data.x_train), sensors, what, backend_threads())
+        waiting = steps.to_first_epoch(recorder.epochs, ready_s, measured)
         for section, figures in latency.merge(measured, training, waiting).items():
             results[section] = results.get(section, {}) | figures
         what["compile_cache"] = cache.describe(native.is_compiled)
-        test, evaluation = measure.evaluation(evaluate, len(data.x_test), budget_s)
+        test, evaluation = steps.evaluation(evaluate, len(data.x_test), budget_s)
         for section, figures in evaluation.items():
             results[section] |= figures
         results["memory"]["train_peak_device_bytes"] = find_device().peak_memory_bytes
         results["memory"]["peak_rss_bytes"] = peak_rss_bytes()
         results["quality"] |= {
             "best_epoch": best_epoch,
-            "best_epoch_s": log.epochs[best_epoch - 1].end_s,
+            "best_epoch_s": recorder.epochs[best_epoch - 1].end_s,
             "test": test,
         }
     return results
@@ -121,8 +125,7 @@ def train(native, config: vit.ViTConfig, data: vit.Dataset, callbacks: Sequence[
         logs = means(train_epoch(native, config.seed, epoch, images, config.batch_size), images)
         for callback in callbacks:
             callback.on_test_begin()
-        if not math.isfinite(logs["loss"]):
-            raise Diverged(f"the loss is not a finite number in epoch {epoch + 1}; {DIVERGED_ADVICE}")
+        require_finite(epoch, logs)  # before its weights can be the best
         params = native.snapshot()
         if validation:
             logs |= means(native.evaluate(params, *validation), len(data.x_val), "val_")
@@ -150,14 +153,12 @@ def train_epoch(native, seed: int, epoch: int, images: int, batch_size: int) -> 
     return native.totals()
 
 
-def measure_native(
-    native, data: vit.Dataset, batch_size: int, budget_s: float, meters: energy.Meters
-) -> latency.Sections:
-    """measure.before_training for a peer: inference, steps, each waited for, and what compiles for the first time."""
+def measure_native(native, data: vit.Dataset, batch_size: int, budget_s: float, sensors: Sensors) -> latency.Sections:
+    """steps.before_training for a peer: inference, steps, each waited for, and what compiles for the first time."""
     predicting = latency.inference(native.predict, data.x_test, batch_size, budget_s)
     memory = {"memory": {"inference_peak_device_bytes": find_device().peak_memory_bytes}}
     batch = data.x_test[:batch_size]
-    joules = energy.inference_energy(meters, lambda: native.predict(batch), len(batch))
+    joules = meters.inference_energy(sensors, lambda: native.predict(batch), len(batch))
     images = len(data.x_train)
     size, before = min(batch_size, images), native.snapshot()
     native.begin_epoch(np.arange(images), 0)
@@ -179,9 +180,9 @@ def measure_native(
     def evaluate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return native.evaluate(before, *native.on_device(x, y))
 
-    evaluating = measure.compiling_evaluation(evaluate, data.x_test, data.y_test, size)
-    no_bare_call = measure.bare_latency(None, "there is no Keras around the peer's own call", data.x_test, budget_s)
-    parts = measure.step_sections(seconds, budget_s), {"compile_s": {"partial_batch": partial_s}}, evaluating
+    evaluating = steps.compiling_evaluation(evaluate, data.x_test, data.y_test, size)
+    no_bare_call = steps.bare_latency(None, "there is no Keras around the peer's own call", data.x_test, budget_s)
+    parts = steps.step_sections(seconds, budget_s), {"compile_s": {"partial_batch": partial_s}}, evaluating
     return latency.merge(predicting, memory, joules, no_bare_call, *parts)
 
 

@@ -105,7 +105,7 @@ def test_the_process_that_measures_imports_neither_keras_nor_torch():
     code = (
         "import sys; sys.modules |= dict.fromkeys(('keras', 'torch', 'jax', 'vit')); from deploy import run, runtimes; "
     )
-    code += "import onnxruntime, numpy; from edgebench import energy, latency, load"
+    code += "import onnxruntime, numpy; from edgebench.measure import latency, meters, sensors"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -21,7 +21,9 @@ from conftest import INSTALLED, TINY, Run, finish, only_results, wait_for_line, 
 from test_wandb import records
 
 import vit
-from edgebench import cli, energy, files, load, resume, timing
+from edgebench import cli, files, resume
+from edgebench.measure.epochs import Epoch, EpochRecorder
+from edgebench.measure.meters import Meter
 
 # No epoch changes the accuracy, so the resumed process writes the weights of an epoch that it has not run.
 FIRST_IS_BEST = "--learning-rate 1e-12"
@@ -106,7 +108,7 @@ def test_a_killed_run_that_is_resumed_ends_as_one_that_was_not(backend, more, st
     killed.kill()
     assert finish(killed).status == -signal.SIGKILL
     whole = run_vit(*flags("whole"))
-    assert whole.status == 0 and "starting anew" in whole.stdout, whole
+    assert whole.status == 0 and "starting from scratch" in whole.stdout, whole
     assert len(list(paths["killed"].parent.glob("a.*.resume.npz"))) == 1
 
     if more == MODERN:
@@ -148,28 +150,29 @@ def identity_of(tmp_path: Path, dataset: Path, **changes) -> tuple[Path, dict]:
 def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_line(tmp_path, digits):
     """Another model, other data, cut short, one bit wrong, a key missing, of a wrong type, renamed from another run."""
     path, identity = identity_of(tmp_path, digits)
-    assert resume.read(path, identity, 9) == resume.Progress()
+    assert resume.read(path, identity, 9) == resume.Resumed()
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("adam", "mse")
-    epochs = [timing.Epoch({"loss": 1.0}, train_s=1.0, end_s=2.0)]
-    log, best = timing.EpochLog(timing.EpochTimer([]), epochs), vit.BestWeights(tmp_path / "a.weights.h5", 1, 0.0)
-    writer = resume.ResumeFile(path, identity, resume.Progress(), log, best, energy.NOT_MEASURED, load.LoadMeter())
+    epochs = [Epoch({"loss": 1.0}, train_s=1.0, end_s=2.0)]
+    recorder, best = EpochRecorder(Meter({}), epochs), vit.BestWeights(tmp_path / "a.weights.h5", 1, 0.0)
+    writer = resume.ResumeFile(path, identity, resume.Resumed().progress, recorder, best)
     writer.set_model(model)
     writer.on_epoch_end(0)
     kept = model.get_weights()
 
     assert identity_of(tmp_path, digits, num_epochs=99) == (path, identity)  # how long may change
-    progress = resume.read(path, identity, 9)
+    resumed = resume.read(path, identity, 9)
+    progress = resumed.progress
     assert (progress.epochs, progress.best_epoch, progress.resumed_after_epochs) == (epochs, 1, [1])
     assert progress.best_accuracy == 0.0  # and not less than any
     model.set_weights([weight + 1 for weight in kept])
-    best_weights = resume.restore(model, progress, path)
+    best_weights = resume.restore(model, resumed, path)
     for values in (model.get_weights(), best_weights):
         assert all((a == b).all() for a, b in zip(values, kept, strict=True))
     other_model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     other_model.compile("adam", "mse")
     with pytest.raises(cli.ExperimentError, match="does not fit the model"):
-        resume.restore(other_model, progress, path)
+        resume.restore(other_model, resumed, path)
 
     for changes, flag in [({"projection_dim": 32}, "--projection-dim 64 (not 32)"), ({"seed": 1}, "--seed 0 (not 1)")]:
         with pytest.raises(cli.ExperimentError) as refused:
@@ -195,12 +198,19 @@ def test_only_the_same_run_is_resumed_and_a_damaged_file_is_refused_with_one_lin
         )
         damaged[name] = (tmp_path / "crafted.npz").read_bytes()
 
+    inside = state["progress"]
     damage("no object", [state])
-    damage("a key missing", {name: value for name, value in state.items() if name != "best_epoch"})
-    for name in sorted(state.keys() - {"identity", "wandb_id"}):
-        damage(f"{name} of a wrong type", state | {name: "wrong"})
-    damage("a wrong type within an epoch", state | {"epochs": [{"logs": {}, "train_s": "1", "end_s": 2.0}]})
-    damage("a wrong type within a list", state | {"compiling_epochs": ["0"], "load_spans": [1]})
+    damage("a key missing", state | {"progress": {name: inside[name] for name in inside if name != "best_epoch"}})
+    damage("a wrong number of arrays", state | {"variables": "2"})
+    for name in sorted(inside.keys() - {"wandb_id"}):
+        damage(f"{name} of a wrong type", state | {"progress": inside | {name: "wrong"}})
+    for wrong in (
+        {"train_s": "1"},
+        {"load": [1]},
+        {"energy": {"accelerator": {"source": 1}}},
+        {"logs": {"loss": None}},
+    ):
+        damage(f"{wrong} in an epoch", state | {"progress": inside | {"epochs": [inside["epochs"][0] | wrong]}})
     for content in damaged.values():
         path.write_bytes(content)
         with pytest.raises(cli.ExperimentError, match="is damaged") as refused:

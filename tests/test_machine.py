@@ -1,18 +1,22 @@
 """Promises about energy, load, clocks and memory: right where the truth is known; null, not 0, where it cannot be measured."""
 
 import itertools
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 import types
+from functools import partial
 
+import msgspec
 import pytest
 from conftest import INSTALLED, ROOT
 
-from edgebench import device, energy, load, nvml
+from edgebench import device, nvml
+from edgebench.measure import meters, sensors
+from edgebench.measure.epochs import Epoch, training_figures
+from edgebench.measure.meters import Meter, energy_figures, load_figures
 
 ADDRESS = "00000000:65:00.0"
 
@@ -76,33 +80,35 @@ def nvml_module(lacks: str = "") -> types.ModuleType:
     return nvml
 
 
-def run_epochs(*meters, seconds: float = 0.0) -> None:
-    """Run one epoch of this length."""
-    for meter in meters:
-        meter.begin()
+def record_of(sensor, seconds: float = 0.0, during=lambda: None):
+    """The record of a span of this length, in which `during` is called."""
+    meter = Meter({"it": sensor})
+    meter.begin()
+    during()
     time.sleep(seconds)
-    for meter in meters:
-        meter.end()
+    return meter.end()["it"]
 
 
 def test_joules_of_a_jetson_are_watts_times_seconds_of_the_epochs_that_count(tmp_path):
     orin(tmp_path, amperes=50)
-    meter = energy.EnergyMeter(*energy.ina3221_sensor(tmp_path))
-    run_epochs(meter)  # compiles, at 520 W
+    sensor = sensors.ina3221_sensor(tmp_path)
+    epochs = [Epoch({}, 1.0, 1.0, compiled=True, energy={"accelerator": record_of(sensor)})]  # at 520 W
     orin(tmp_path)
     seconds = 0.0
     for _ in range(2):  # two epochs, and a pause between them that must not count
         began = time.perf_counter()
-        run_epochs(meter, seconds=0.5)
+        epochs.append(Epoch({}, 1.0, 1.0, energy={"accelerator": record_of(sensor, seconds=0.5)}))
         seconds += time.perf_counter() - began
         time.sleep(0.3)
-    figures = meter.figures(50, counted=[1, 2])
+    there = sensors.Sensors({"accelerator": sensor}, {"cpu_package": "no RAPL"}, sensors.LoadSensor())
+    what = {"device": "Orin", "dtype_policy": "float32", "tf32": True, "train_flops_per_image": 1}
+    figures = training_figures(epochs, 50, there, what, 1)["energy"]["accelerator"]
     assert figures["joules_per_epoch"] == pytest.approx(40 * seconds / 2, rel=0.1)  # a busy machine; the pause is 0.3
     assert figures["joules_per_image"] == pytest.approx(figures["joules_per_epoch"] * 2 / 100)
     assert figures["mean_w"] == pytest.approx(40) and figures["peak_w"] == pytest.approx(40)
     assert (figures["utilization_percent"], figures["max_temperature_c"]) == (pytest.approx(87.3), 51.5)
-    assert len(meter.spans[1]) >= 3  # more than 1 Hz
-    none = meter.figures(50, counted=[])
+    assert epochs[1].energy["accelerator"].readings >= 3  # more than 1 Hz
+    none = training_figures(epochs[:1], 50, there, what, 1)["energy"]["accelerator"]
     assert none.pop("source") == "unavailable: no epoch was measured but those that compile" and set(none.values()) == {
         None
     }
@@ -110,11 +116,8 @@ def test_joules_of_a_jetson_are_watts_times_seconds_of_the_epochs_that_count(tmp
 
 def test_a_sensor_that_vanishes_during_the_run_gives_no_figure(tmp_path):
     orin(tmp_path)
-    meter = energy.EnergyMeter(*energy.ina3221_sensor(tmp_path))
-    meter.begin()
-    next(tmp_path.glob("bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon4/curr1_input")).unlink()
-    meter.end()
-    figures = meter.figures(1, counted=[0])
+    file = next(tmp_path.glob("bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon4/curr1_input"))
+    figures = energy_figures([record_of(sensors.ina3221_sensor(tmp_path), during=file.unlink)], 1)
     assert figures.pop("source").startswith("unavailable: lost during the run") and set(figures.values()) == {None}
 
 
@@ -125,64 +128,61 @@ def rapl(sysfs, joules: float) -> None:
 
 def test_a_counter_that_wraps_loses_nothing(tmp_path):
     rapl(tmp_path, 262_142)
-    meter = energy.EnergyMeter(*energy.rapl_sensor(tmp_path))
-    meter.begin()
-    rapl(tmp_path, 5)
-    meter.end()
+    sensor = sensors.rapl_sensor(tmp_path)
+    first = record_of(sensor, during=lambda: rapl(tmp_path, 5))
     rapl(tmp_path, 900)  # spent between the epochs
-    meter.begin()
-    rapl(tmp_path, 901.5)
-    meter.end()
-    assert meter.figures(1, counted=[0, 1])["joules_per_epoch"] == pytest.approx((1 + 5 + 1.5) / 2)
+    second = record_of(sensor, during=lambda: rapl(tmp_path, 901.5))
+    assert energy_figures([first, second], 1)["joules_per_epoch"] == pytest.approx((1 + 5 + 1.5) / 2)
 
 
 @pytest.mark.parametrize("lacks", ["", "TotalEnergyConsumption", "PowerUsage", "UtilizationRates", "Temperature"])
 def test_a_gpu_that_lacks_one_reading_still_has_all_others(lacks, monkeypatch):
     """Joules come from its counter, else from its watts."""
     monkeypatch.setitem(sys.modules, "pynvml", nvml_module(lacks))
-    meter = energy.EnergyMeter(*energy.nvml_sensor(ADDRESS))
-    run_epochs(meter, seconds=0.25)
-    (span,), figures = meter.spans, meter.figures(1, counted=[0])
+    record = record_of(sensors.nvml_sensor(ADDRESS), seconds=0.25)
+    figures = energy_figures([record], 1)
     has_counter = lacks != "TotalEnergyConsumption"
-    expected = 7 * (len(span) - 1) if has_counter else 80 * (span[-1][0] - span[0][0])
+    expected = 7 * (record.readings - 1) if has_counter else 80 * record.seconds
     assert figures["joules_per_epoch"] == pytest.approx(expected)
     assert (figures["peak_w"] == 80) == (lacks != "PowerUsage")
     assert figures["utilization_percent"] == (None if lacks == "UtilizationRates" else 95)
     assert figures["max_temperature_c"] == (None if lacks == "Temperature" else 70)
 
 
-def test_a_resumed_run_goes_on_with_the_joules_of_the_interrupted_one(monkeypatch):
-    """An epoch keeps its index also where the interrupted run had no sensor."""
-    monkeypatch.setitem(sys.modules, "pynvml", nvml_module())
-    spans: dict = {}
-    for epochs_done in (3, 4):  # three epochs without a sensor, one that compiles, one that counts
-        meters = energy.start_meters(True, ADDRESS, json.loads(json.dumps(spans)), epochs_done)
-        run_epochs(*energy.running(meters), seconds=0.0 if epochs_done == 3 else 0.25)
-        spans = energy.spans_as_json(meters)
-    meter = meters["accelerator"]
-    assert [len(span) for span in meter.spans] == [0, 0, 0, 2, 3]
-    figures = energy.energy_figures(meters, 3, counted=[0, 1, 2, 4])["accelerator"]
-    assert figures["joules_per_epoch"] == pytest.approx(14) and figures["joules_per_image"] == pytest.approx(14 / 3)
+def test_a_resumed_run_goes_on_with_the_joules_of_the_interrupted_one_from_the_same_sensor():
+    """An epoch without a sensor, or with another one, counts for nothing."""
+    sensor = sensors.PowerSensor("the board", lambda: sensors.Reading(watts=1.0))
+    records = [
+        None,
+        sensors.Energy("another", 1.0, 5, 90.0),
+        *(sensors.Energy("the board", 1.0, 5, j) for j in (6.0, 8.0)),
+    ]
+    epochs = [Epoch({}, 1.0, 1.0, energy={"accelerator": record} if record else {}) for record in records]
+    there = sensors.Sensors({"accelerator": sensor}, {}, sensors.LoadSensor())
+    what = {"device": "Orin", "dtype_policy": "float32", "tf32": True, "train_flops_per_image": 1}
+    read_again = [msgspec.json.decode(msgspec.json.encode(epoch), type=Epoch) for epoch in epochs]
+    figures = training_figures(read_again, 7, there, what, 1)["energy"]["accelerator"]
+    assert figures["joules_per_epoch"] == 7 and figures["joules_per_image"] == 1 and figures["mean_w"] == 7
 
 
 def test_a_sensor_that_is_not_there_gives_the_reason():
-    """No figure of it is a number; nor is there one where measuring is off. Inference then costs no time."""
-    meters = energy.start_meters(False, None, {}) | {"cpu_package": "no RAPL"}
-    figures = energy.energy_figures(meters, 1, counted=[0])["accelerator"]
+    """No figure of it is a number. Inference then costs no time."""
+    there = sensors.Sensors(
+        {}, {"accelerator": "the backend runs on the CPU", "cpu_package": "no RAPL"}, sensors.LoadSensor()
+    )
+    assert sensors.find_sensors(False, None).no_power["accelerator"] == "the backend runs on the CPU"
+    what = {"device": "Orin", "dtype_policy": "float32", "tf32": True, "train_flops_per_image": 1}
+    figures = training_figures([], 1, there, what, 1)["energy"]["accelerator"]
     assert figures.pop("source") == "unavailable: the backend runs on the CPU" and set(figures.values()) == {None}
-    sections = energy.inference_energy(meters, lambda: pytest.fail("the loop ran without a sensor"), images=1)
+    sections = meters.inference_energy(there, lambda: pytest.fail("the loop ran without a sensor"), images=1)
     assert sections["energy"]["inference_joules_per_image"] == {"accelerator": None, "cpu_package": None}
     assert list(sections["missing"].values()) == ["the backend runs on the CPU", "no RAPL"]
-    for figures in energy.energy_figures(energy.NOT_MEASURED, 1, counted=[0]).values():
-        assert figures.pop("source") == "unavailable: --measure-seconds 0" and set(figures.values()) == {None}
 
 
 def test_inference_costs_the_joules_that_the_sensor_counts_in_a_loop_of_the_given_length(tmp_path):
     rapl(tmp_path, 0)
-    meters = {
-        "accelerator": "the backend runs on the CPU",
-        "cpu_package": energy.EnergyMeter(*energy.rapl_sensor(tmp_path)),
-    }
+    no_accelerator = {"accelerator": "the backend runs on the CPU"}
+    there = sensors.Sensors({"cpu_package": sensors.rapl_sensor(tmp_path)}, no_accelerator, sensors.LoadSensor())
     counter, began = itertools.count(1), time.perf_counter()
 
     def predict() -> None:
@@ -191,10 +191,8 @@ def test_inference_costs_the_joules_that_the_sensor_counts_in_a_loop_of_the_give
         path.with_name("next").replace(path)  # as the sensor's thread must not read an empty file
         time.sleep(0.01)
 
-    sections = energy.inference_energy(meters, predict, images=6, min_s=0.5)
-    joules = sections["energy"]["inference_joules_per_image"]
-    assert joules == {"accelerator": None, "cpu_package": pytest.approx(0.5)}
-    assert time.perf_counter() - began >= 0.5 and meters["cpu_package"].spans == []  # the epochs keep their indices
+    joules = meters.inference_energy(there, predict, images=6, min_s=0.5)["energy"]["inference_joules_per_image"]
+    assert joules == {"accelerator": None, "cpu_package": pytest.approx(0.5)} and time.perf_counter() - began >= 0.5
 
 
 @pytest.fixture(scope="module")
@@ -242,10 +240,9 @@ def test_where_the_gpu_is_not_known_or_not_whole_there_is_no_figure_but_a_reason
     for module, address, reason in reasons:
         monkeypatch.setitem(sys.modules, "pynvml", module)
         with pytest.raises(Exception, match=reason):
-            energy.nvml_sensor(address)
-        load_meter = load.LoadMeter(True, address)
-        run_epochs(load_meter)
-        figures, missing = load_meter.figures([0], 1)
+            sensors.nvml_sensor(address)
+        sensor = sensors.LoadSensor(True, address)
+        figures, missing = load_figures(sensor, [record_of(sensor)], 1)
         assert figures["gpu_mhz"] is None and reason in missing["load/gpu_mhz"]
 
 
@@ -270,7 +267,7 @@ def test_the_device_is_that_of_a_tensor_and_threads_are_those_of_the_backend(cal
 
 def test_peak_memory_is_that_of_the_process_and_not_of_the_one_before_an_exec():
     """ru_maxrss survives an exec: a launcher's memory would count as the run's."""
-    after = "from edgebench import load; print(load.peak_rss_bytes(), load.peak_rss_bytes(load.Path('/none')))"
+    after = "from edgebench.measure import sensors; print(sensors.peak_rss_bytes(), sensors.peak_rss_bytes(sensors.Path('/none')))"
     before = f"import os, sys; x = b'x' * (300 << 20); os.execv(sys.executable, [sys.executable, '-c', {after!r}])"
     run = subprocess.run([sys.executable, "-c", before], cwd=ROOT, text=True, capture_output=True, check=True)
     own, inherited = map(int, run.stdout.split())
@@ -283,25 +280,27 @@ BUSY = "import time\nend = time.perf_counter() + 30\nwhile time.perf_counter() <
 def test_a_busy_neighbour_counts_as_others_and_our_own_threads_do_not():
     """Real processes on the real machine, which may have other neighbours too."""
     neighbour = subprocess.Popen([sys.executable, "-c", BUSY])
-    meter = load.LoadMeter()
+    sensor = sensors.LoadSensor()
     try:
-        run_epochs(meter, seconds=1.2)
+        record = record_of(sensor, seconds=1.2)
     finally:
         neighbour.kill()
         neighbour.wait()
-    beside, missing = meter.figures([0], backend_threads=2)
+    beside, missing = load_figures(sensor, [record], backend_threads=2)
     if beside["others_cpu_cores"] is None:
         pytest.skip(f"this machine has no /proc/stat for its cores: {missing}")
     assert beside["others_cpu_cores"] > 0.6 and beside["cpu_s_per_wall_s"] < 0.3
     cpus = len(os.sched_getaffinity(0))
     assert cpus > 5 or "the machine was busy" in beside["problems"][0]
-    meter.begin()
-    began = time.process_time()
-    while time.process_time() < began + 1.3:
-        pass
-    meter.end()
-    alone, _ = meter.figures([1], backend_threads=2)
-    assert alone["cpu_s_per_wall_s"] * meter.spans[1]["seconds"] == pytest.approx(1.3, abs=0.2)
+
+    def work() -> None:
+        began = time.process_time()
+        while time.process_time() < began + 1.3:
+            pass
+
+    record = record_of(sensor, during=work)
+    alone, _ = load_figures(sensor, [record], backend_threads=2)
+    assert alone["cpu_s_per_wall_s"] * record.seconds == pytest.approx(1.3, abs=0.2)
     assert alone["cpu_s_per_wall_s"] + alone["others_cpu_cores"] < cpus + 0.2
     assert alone["process_threads"] >= 1 and alone["cores"] >= 1
 
@@ -324,38 +323,36 @@ def test_only_a_machine_that_others_keep_busy_is_a_problem(busy, runnable, is_di
     """`busy` is the share of the cores that others take. Many runnable threads alone are torch's own."""
     cpus = len(os.sched_getaffinity(0))
     statistics_of(tmp_path, 0, runnable)
-    meter = load.LoadMeter(proc=tmp_path, sysfs=tmp_path)
-    meter.begin()
-    time.sleep(1.05)
+    sensor = sensors.LoadSensor(proc=tmp_path, sysfs=tmp_path)
     taken_s = busy * cpus * 1.05 + 0.05
-    statistics_of(tmp_path, taken_s, runnable)
-    meter.end()
-    figures, missing = meter.figures([0], backend_threads=None)
-    seconds, own_s = meter.spans[0]["seconds"], meter.spans[0]["own_cpu_s"]
+
+    def pass_by() -> None:
+        time.sleep(1.05)
+        statistics_of(tmp_path, taken_s, runnable)
+
+    record = record_of(sensor, during=pass_by)
+    figures, missing = load_figures(sensor, [record], backend_threads=None)
+    seconds, own_s = record.seconds, record.own_cpu_s
     assert figures["others_cpu_cores"] * seconds == pytest.approx(max(taken_s - own_s, 0), abs=0.05)
     assert figures["runnable_tasks"] == runnable - 1  # without the meter's own thread
     assert figures["problems"] == (
         [f"the machine was busy: {runnable - 1:.1f} runnable tasks on {cpus} core{'s' * (cpus > 1)}, and others kept "
          f"{figures['others_cpu_cores']:.1f} of {cpus} core{'s' * (cpus > 1)} busy"] if is_disturbed else []
     )  # fmt: skip
-    assert missing["load/cpu_mhz"] == "this machine does not tell"
-    none, missing = meter.figures([], backend_threads=2)
+    assert missing["load/cpu_mhz"] == "not reported by this machine"
+    none, missing = load_figures(sensor, [], backend_threads=2)
     assert none["cpu_s_per_wall_s"] is None and missing["load/cpu_s_per_wall_s"].startswith("no epoch was measured")
 
 
 def test_a_jetson_gives_its_clocks_and_what_over_current_did(tmp_path):
-    """Of the epochs that count, also where an interrupted run has measured them."""
-    orin(tmp_path)
-    spans: list = []
-    for over_current in (90, 41, 43):  # 50 events in the epoch that compiles, then 1, then 3
+    """Summed up over the epochs."""
+    records = []
+    for over_current in (41, 43):  # 1 event more than at the begin, then 3
         orin(tmp_path)
-        meter = load.LoadMeter(True, None, json.loads(json.dumps(spans)), epochs_done=len(spans), sysfs=tmp_path)
-        meter.begin()
-        time.sleep(0.15)
-        write(tmp_path / "class/hwmon/hwmon3/oc3_event_cnt", over_current)
-        meter.end()
-        spans = meter.spans
-    figures, missing = meter.figures([1, 2], backend_threads=8)
+        sensor = sensors.LoadSensor(True, None, sysfs=tmp_path)
+        counter = partial(write, tmp_path / "class/hwmon/hwmon3/oc3_event_cnt", over_current)
+        records.append(record_of(sensor, seconds=0.15, during=counter))
+    figures, missing = load_figures(sensor, records, backend_threads=8)
     assert (figures["gpu_mhz"], figures["cpu_mhz"]) == (1300.5, pytest.approx(2201.6))
     assert figures["over_current_events"] == 4 and "4 over-current events" in figures["problems"][-1]
     assert figures["throttle_reasons"] is None and "load/throttle_reasons" in missing
@@ -365,9 +362,8 @@ def test_a_jetson_gives_its_clocks_and_what_over_current_did(tmp_path):
 def test_a_throttled_or_shared_gpu_is_a_problem(lacks, monkeypatch):
     """An older driver has another name for the reasons. A reading that the board lacks is null and hides no other."""
     monkeypatch.setitem(sys.modules, "pynvml", nvml_module(lacks))
-    meter = load.LoadMeter(True, ADDRESS)
-    run_epochs(meter, seconds=0.15)
-    figures, missing = meter.figures([0], backend_threads=1)
+    sensor = sensors.LoadSensor(True, ADDRESS)
+    figures, missing = load_figures(sensor, [record_of(sensor, seconds=0.15)], backend_threads=1)
     reason = "HwThermalSlowdown" if lacks == "CurrentClocksEventReasons" else "SwPowerCap"
     assert figures["gpu_mhz"] == (None if lacks == "ClockInfo" else 2370)
     assert figures["throttle_reasons"] == [reason]
@@ -376,7 +372,7 @@ def test_a_throttled_or_shared_gpu_is_a_problem(lacks, monkeypatch):
     shared = lacks != "ComputeRunningProcesses"
     assert figures["other_gpu_processes"] == (1 if shared else None)
     assert ("the GPU was shared with 1 other process" in figures["problems"]) == shared
-    assert shared or missing["load/other_gpu_processes"] == "NVML does not tell"
+    assert shared or missing["load/other_gpu_processes"] == "NVML does not report it"
 
 
 @pytest.mark.parametrize(
@@ -394,4 +390,4 @@ def test_one_process_on_the_gpu_is_this_one_even_if_a_container_hides_its_number
 def test_cores_are_those_that_the_container_may_use(quota, expected, tmp_path):
     if quota:
         write(tmp_path / "fs/cgroup/cpu.max", quota)
-    assert load.cores(range(8), tmp_path) == expected
+    assert sensors.cores(range(8), tmp_path) == expected

@@ -15,8 +15,9 @@ import pytest
 from conftest import INSTALLED, ROOT, TINY, only_results
 
 import vit
-from edgebench import costs, datasets, latency, measure, timing
+from edgebench import datasets
 from edgebench.cli import Interrupted
+from edgebench.measure import costs, epochs, latency, meters, steps
 
 COMPILE_S, STEP_S = 2.0, 0.04
 
@@ -49,7 +50,7 @@ def slow_layer() -> keras.layers.Layer:
     return Slow()
 
 
-def measured(step_s: float, small_batches: int = 1, compiles_slowly: bool = False, epochs: int = 0) -> dict:
+def measured(step_s: float, small_batches: int = 1, compiles_slowly: bool = False, num_epochs: int = 0) -> dict:
     """The figures of a model whose step takes `step_s` more than its own time."""
     x, y = np.zeros((200, 4), "float32"), np.zeros(200, "int64")
     slow = slow_layer()
@@ -58,26 +59,26 @@ def measured(step_s: float, small_batches: int = 1, compiles_slowly: bool = Fals
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     slow.step_s, slow.compiles_slowly = step_s / small_batches, compiles_slowly
     before, batch_size = model.get_weights(), 20 // small_batches
-    sections = measure.steps(
+    sections = steps.steps(
         model, datasets.ShuffledBatches, x, y, batch_size, small_batches, budget_s=60, raise_if_stopped=lambda: None
     )
     figures = sections["time"] | {"compile_s": sections["compile_s"]["train_step"]}
     assert all((a == b).all() for a, b in zip(before, model.get_weights(), strict=True)), "the model has changed"
     assert int(optimizer.iterations) == 0
-    if epochs:
+    if num_epochs:
         calls, slow.step_s = slow.calls, 5 * step_s  # ten such steps are long against what else an epoch spends time on
-        log = timing.EpochLog(timer := timing.EpochTimer([]))
-        fit = {"batch_size": 20, "epochs": epochs, "verbose": 0, "validation_data": (x, y)}
-        model.fit(x, y, callbacks=[timer, log], **fit)
+        recorder = epochs.EpochRecorder(meters.Meter({}))
+        fit = {"batch_size": 20, "epochs": num_epochs, "verbose": 0, "validation_data": (x, y)}
+        model.fit(x, y, callbacks=[recorder], **fit)
         assert keras.backend.backend() == "torch" or slow.calls == calls, "an epoch has compiled"
-        figures["epoch_s"] = min(epoch.train_s for epoch in log.epochs)
+        figures["epoch_s"] = min(epoch.train_s for epoch in recorder.epochs)
     return figures
 
 
 def timed_models() -> dict[str, dict]:
     return {
-        "idle": measured(0.0, epochs=2),
-        "slow": measured(STEP_S, epochs=2),
+        "idle": measured(0.0, num_epochs=2),
+        "slow": measured(STEP_S, num_epochs=2),
         "idle in two small batches": measured(0.0, small_batches=2),
         "slow in two small batches": measured(STEP_S, small_batches=2),
         "slow to compile": measured(0.0, compiles_slowly=True),
@@ -97,8 +98,8 @@ def test_times_come_out_right_on_a_model_whose_step_takes_a_known_time(backend, 
     for _ in range(3):
         figures = call_on(backend, timed_models).value
         idle, slow, idle_parts, slow_parts, compiling = figures.values()
-        for steps in (slow["step_ms"], slow_parts["step_ms"]):
-            assert steps["n"] >= 100 and steps["p50"] <= steps["p90"]
+        for step_ms in (slow["step_ms"], slow_parts["step_ms"]):
+            assert step_ms["n"] >= 100 and step_ms["p50"] <= step_ms["p90"]
         found["step_ms"].append(slow["step_ms"]["p50"] - idle["step_ms"]["p50"])
         found["small_batches_ms"].append(slow_parts["step_ms"]["p50"] - idle_parts["step_ms"]["p50"])
         found["epoch_s"].append(slow["epoch_s"] - idle["epoch_s"])  # of ten steps: none is left on the device

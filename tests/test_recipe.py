@@ -13,11 +13,12 @@ from conftest import INSTALLED, ROOT, TENSORFLOW_SLOW, TINY, environment_of_proc
 
 import vit
 from deploy.keras_model import rebuild
-from edgebench import cli, costs, layers
+from edgebench import cli, layers
 from edgebench.cli import ExperimentError
 from edgebench.compare import sets
 from edgebench.datasets import ShuffledBatches
 from edgebench.flags import check
+from edgebench.measure import costs
 from edgebench.mixing import MixedBatches, Mixing, boxes, one_hot
 
 ALL = Mixing(label_smoothing=0.1, mixup=0.5, cutmix=0.5, random_erasing=0.25, rand_augment=5)

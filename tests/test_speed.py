@@ -9,7 +9,8 @@ import pytest
 from conftest import INSTALLED, TINY, finish, only_results
 
 import vit
-from edgebench import costs, layers, torch_graphs
+from edgebench import layers, torch_graphs
+from edgebench.measure import costs
 
 
 @pytest.fixture

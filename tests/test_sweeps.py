@@ -27,7 +27,8 @@ from wandb_server import ENTITY, PROJECT, WandbServer
 
 import sweep as sweep_py
 import vit
-from edgebench import costs, flags
+from edgebench import flags
+from edgebench.measure import costs
 
 KEY = "0123456789abcdef" * 3
 GIB = 2**30

@@ -11,8 +11,9 @@ import pytest
 from conftest import INSTALLED, ROOT, TENSORFLOW_SLOW, TINY, environment_of_processes
 
 import vit
-from edgebench import costs, datasets, layers
+from edgebench import datasets, layers
 from edgebench.callbacks import EpochSeeds
+from edgebench.measure import costs
 
 MODEL = vit.ViTConfig(
     image_size=16, patch_size=4, projection_dim=32, transformer_layers=1, mlp_head_units=[128]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edgebench.load import peak_rss_bytes
+from edgebench.measure.sensors import peak_rss_bytes
 
 WARM_UP, ENOUGH = 10, 1000  # calls: the first are not counted, and more than so many tell nothing new
 # Calls that a percentile needs. Below 400 the 95 % interval of the 99th reaches beyond the slowest call.

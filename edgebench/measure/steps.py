@@ -14,9 +14,10 @@ from edgebench.averages import averages
 from edgebench.bare import NOTHING_COMPILED, bare_predict
 from edgebench.datasets import ShuffledBatches
 from edgebench.device import assign_copies, build_optimizer, copy_values, find_device
-from edgebench.energy import Meters, inference_energy
-from edgebench.latency import Sections, compiling, inference, is_enough, merge, percentiles, repeat, timed
-from edgebench.timing import Epoch
+from edgebench.measure.epochs import Epoch
+from edgebench.measure.latency import Sections, compiling, inference, is_enough, merge, percentiles, repeat, timed
+from edgebench.measure.meters import inference_energy
+from edgebench.measure.sensors import Sensors
 
 EVALUATIONS = 5  # one of a small model takes 50 ms, and a single stall would count in full
 
@@ -116,7 +117,7 @@ def before_training(
     batch_size: int,
     batches_per_step: int,
     budget_s: float,
-    meters: Meters,
+    sensors: Sensors,
     raise_if_stopped: Callable[[], None],
 ) -> Sections:
     """Latency, throughput and energy of inference, step time and compile times; the model is afterwards as before.
@@ -141,7 +142,7 @@ def before_training(
     return merge(
         predicting,
         {"memory": {"inference_peak_device_bytes": peak_bytes}},
-        inference_energy(meters, lambda: predict(x_test[:batch_size]), len(x_test[:batch_size])),
+        inference_energy(sensors, lambda: predict(x_test[:batch_size]), len(x_test[:batch_size])),
         bare_latency(bare and interruptible(bare), NOTHING_COMPILED, x_test, budget_s),
         steps(model, make_batches, x_train, y_train, batch_size, batches_per_step, budget_s, raise_if_stopped),
         compiling_evaluation(interruptible(evaluate), x_test, y_test, batch_size),
