@@ -23,15 +23,14 @@ import math
 import os
 import platform
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from edgebench import cli, flags, process, streams
 from edgebench.cli import BACKENDS, require
-from edgebench.files import WeightsFile, require_replaceable
 from edgebench.flags import (
     device_flag,
     file_flag,
@@ -41,6 +40,7 @@ from edgebench.flags import (
     training_flag,
     wandb_flag,
 )
+from edgebench.record.files import WeightsFile, require_replaceable
 
 # ------------ Configuration: the fields are the flags, their docstrings the help ------------
 
@@ -268,21 +268,21 @@ else:  # imported by a test, a notebook or a hand-written model of peers/, whose
 # Only now, as Keras chooses its backend, and the backend its device, when they are imported.
 with cli.errors_in_one_line("--debug" in sys.argv), process.importing_keras(is_program=__name__ == "__main__"):
     import keras
-    import msgspec
     import numpy as np
     from keras import layers, ops
 
-    from edgebench import console, data_checks, datasets, device, resume, tracking
+    from edgebench import data_checks, datasets, device
     from edgebench.averages import AverageInValidation, averaged_weights
-    from edgebench.callbacks import EpochSeeds, ReturnFreedMemory, StopSignals, require_finite
-    from edgebench.compile_cache import CompileCache
+    from edgebench.callbacks import EpochSeeds, ReturnFreedMemory, require_finite
     from edgebench.layers import Attention, Dropout, StochasticDepth, random_uniform
-    from edgebench.measure import costs, meters, steps
-    from edgebench.measure.epochs import EpochRecorder, energy_of_epoch, training_figures
-    from edgebench.measure.latency import merge
-    from edgebench.measure.sensors import find_sensors, peak_rss_bytes
+    from edgebench.measure import costs
+    from edgebench.measure.epochs import EpochRecorder, energy_of_epoch
+    from edgebench.measure.latency import timed
+    from edgebench.measure.steps import Workload, before_training, evaluation
     from edgebench.mixing import batches_for, one_hot
-    from edgebench.results import how_it_runs, recording, start_results
+    from edgebench.record import console
+    from edgebench.record.recorder import Program, Recorder
+    from edgebench.record.resume import ResumableRun
     from edgebench.torch_graphs import FusedAdamW, with_graphs
 
 device.reset_keras()
@@ -314,8 +314,13 @@ class Dataset:
         """Height, width and channels of an image as it is stored, before any resizing."""
         return self.x_train.shape[1:]
 
+    def with_soft_labels(self) -> Dataset:
+        """The same with labels (N, num_classes), as an image may belong to several classes in part."""
+        soft = {name: one_hot(getattr(self, name), self.num_classes) for name in ("y_train", "y_val", "y_test")}
+        return replace(self, **soft)
+
     def describe(self) -> dict:
-        """The section of the results on the data."""
+        """What the results say of the data."""
         counts = {"train": len(self.x_train), "validation": len(self.x_val), "test": len(self.x_test)}
         return {"images": counts, "image_shape": list(self.image_shape), "num_classes": self.num_classes}
 
@@ -586,6 +591,12 @@ class BestWeights(keras.callbacks.Callback):
         super().__init__()
         self.file, self.epoch, self.accuracy, self.weights = WeightsFile(path), epoch, accuracy, weights
 
+    @classmethod
+    def of_run(cls, path: Path, resumable: ResumableRun, model: keras.Model) -> BestWeights:
+        """Those that an interrupted run had, whose state is put into the model; none where there is nothing to continue."""
+        progress = resumable.progress
+        return cls(path, progress.best_epoch, progress.best_accuracy, resumable.restore(model))
+
     def on_epoch_end(self, epoch, logs=None):
         accuracy = (logs or {}).get("val_accuracy")
         if accuracy is not None:
@@ -595,6 +606,12 @@ class BestWeights(keras.callbacks.Callback):
         with averaged_weights(self.model):  # as the validation saw them
             self.epoch, self.weights = epoch + 1, device.copy_values(self.model.weights)
             self.file.write(self.model)
+
+    def restore(self, model: keras.Model) -> None:
+        """Give the model the best weights, and the file as well where it does not hold them any more."""
+        device.assign_copies(model.weights, self.weights)
+        if not self.file.current:  # not written by this process, replaced by another run, or /tmp was cleaned
+            self.file.write(model)
 
 
 class CustomWandbCallback(keras.callbacks.Callback):
@@ -618,18 +635,6 @@ class CustomWandbCallback(keras.callbacks.Callback):
 
 
 # ------------ Experiment ------------
-
-
-def start_tracking(config: ViTConfig, machine: device.Device, run_id: str | None):
-    """A W&B run, the one with this id if it is given; None without W&B."""
-    if not config.use_wandb:
-        return None
-    node, backend = config.node_name, config.keras_backend
-    name = config.wandb_run_name or tracking.run_name(node, backend, config.batch_size, config.dtype_policy)
-    tags = [*config.wandb_tags, backend, "gpu" if machine.is_gpu else "cpu", node]
-    names = config.wandb_project, config.wandb_entity, name, list(dict.fromkeys(tags))
-    recorded = config.as_json() | {"num_patches": config.num_patches}
-    return tracking.start_wandb(*names, recorded, run_id, config.wandb_group or node, config.wandb_job_type)
 
 
 def learning_rate(config: ViTConfig, steps_per_epoch: int) -> float | keras.optimizers.schedules.LearningRateSchedule:
@@ -668,6 +673,19 @@ def compile_model(model: keras.Model, config: ViTConfig, num_classes: int, steps
     )
 
 
+def build_model(config: ViTConfig, data: Dataset, is_gpu: bool) -> keras.Model:
+    """The compiled model for these images; on torch its steps become graphs, by default on a GPU."""
+    augmentation = create_data_augmentation(config.augmentation, config.image_size, data.moments)
+    model = create_vit_classifier(config, data.image_shape, data.num_classes, augmentation)
+    if keras.backend.backend() == "torch" and (config.jit == "on" or (config.jit == "auto" and is_gpu)):
+        stock = augmentation if config.augmentation == "stock" else None
+        one_for_the_latency = 1
+        model = with_graphs(model, {config.micro_batch_size, one_for_the_latency}, stock)
+    steps_per_epoch = math.ceil(len(data.x_train) / config.micro_batch_size)
+    compile_model(model, config, data.num_classes, steps_per_epoch)
+    return model
+
+
 def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callback] = ()) -> dict:
     """Train on `config.dataset`, evaluate the best epoch's weights on the test images, and return all that was measured.
 
@@ -680,127 +698,62 @@ def run_experiment(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callba
     config = replace(config, keras_backend=backend)  # for callers that have imported this module
     machine = device.prepare(config.device, config.seed, config.dtype_policy, config.tf32)
     packages = {"Keras": keras.__version__, backend: importlib.metadata.version(backend)}
-    settings, defaults = config.as_json(), ViTConfig().as_json()
-    results = start_results(backend, packages, machine, settings, defaults, ENVIRONMENT, IMPORT_S)
-    budget_s, cache = config.measure_seconds, CompileCache()
+    program = Program(backend, packages, ENVIRONMENT, IMPORT_S)
+    console.print_start(program.versions(machine), machine.name, config.as_json(), ViTConfig().as_json())
 
-    # Load
-    began = time.perf_counter()
-    data = load_dataset(config.dataset, config.validation_split, config.seed)
-    results["time"]["load_s"] = time.perf_counter() - began
-    size = costs.vit_size(settings, data.image_shape[2], data.num_classes)
+    # Data
+    data, load_s = timed(load_dataset, config.dataset, config.validation_split, config.seed)
+    size = costs.vit_size(config.as_json(), data.image_shape[2], data.num_classes)
     costs.require_memory(size, machine.memory_bytes)
-    results["what"] |= data.describe() | {"train_flops_per_image": size.train_flops_per_image}
-    run_identity = resume.identity(settings, FLAGS, data.x_train, data.y_train)
+    resumable = ResumableRun(config, FLAGS, data.x_train, data.y_train)
     if config.has_soft_labels:
-        data = replace(data, **{y: one_hot(getattr(data, y), data.num_classes) for y in ("y_train", "y_val", "y_test")})
-    make_batches = batches_for(settings, data.x_train.dtype)
-    resume_path = resume.path_of(config.checkpoint_path, run_identity)
-    resumed = resume.read(resume_path, run_identity, config.num_epochs) if config.resume else resume.Resumed()
-    progress = resumed.progress
-    if config.resume:
-        console.print_resumed(resume_path, len(progress.epochs))
-    first_epoch, images = len(progress.epochs), config.micro_batch_size
-    is_resumable = not os.environ.get("WANDB_SWEEP_ID")  # nobody resumes a sweep's trials, and they would fill the disk
-    if is_resumable and resume_path.exists() and not config.resume:
-        cli.warn(f"replacing the interrupted run of this configuration, {resume_path}; --resume would continue it")
+        data = data.with_soft_labels()
+    make_batches = batches_for(config.as_json(), data.x_train.dtype)
+    batch_size = config.micro_batch_size
 
-    with StopSignals() as signals:
-        wandb_run = start_tracking(config, machine, progress.wandb_id)
-        message = costs.out_of_memory_message(size, images, config.batch_size, config.dtype_policy)
-        # However this block ends, `recording` then prints and writes the results and ends the W&B run.
-        with recording(results, config.results_dir, signals, wandb_run), device.out_of_memory_as(message):
-            # Build
-            began = time.perf_counter()
-            augmentation = create_data_augmentation(config.augmentation, config.image_size, data.moments)
-            model = create_vit_classifier(config, data.image_shape, data.num_classes, augmentation)
-            if backend == "torch" and (config.jit == "on" or (config.jit == "auto" and machine.is_gpu)):
-                stock = augmentation if config.augmentation == "stock" else None
-                model = with_graphs(model, batch_sizes={images, 1}, augmentation=stock)  # 1: for the latency
-            batches = make_batches(data.x_train, data.y_train, images)
-            compile_model(model, config, data.num_classes, len(batches))
-            results["time"]["build_s"] = build_s = time.perf_counter() - began
-            ready_s = process.age_s()
-            results["what"]["num_parameters"] = parameters = sum(math.prod(w.shape) for w in model.trainable_weights)
-            shape = images, config.num_heads, config.num_patches, config.projection_dim  # of attention's queries
-            results["what"] |= how_it_runs(model, shape, config.attention_dropout, cache)
-            console.print_model(parameters, config.num_patches, config.image_size % config.patch_size)
+    # However this block ends, the recorder prints and writes the results and ends the W&B run.
+    with Recorder(config, program, machine, size, resumable) as run:
+        run.describe(**data.describe())
+        run.add({"time": {"load_s": load_s}})
 
-            # Measure; the weights are afterwards as before
-            sensors = find_sensors(machine.is_gpu, machine.gpu_id)
-            measured = progress.measured
-            compiles_first = not budget_s or bool(measured)  # nothing is compiled before the first epoch
-            if not compiles_first:
-                print(f"measuring latency and step time, for up to {budget_s:g} s each (--measure-seconds)")
-                arrays = data.x_train, data.y_train, data.x_test, data.y_test
-                parts = config.gradient_accumulation_steps
-                sections = steps.before_training(
-                    model, make_batches, *arrays, images, parts, budget_s, sensors, signals.raise_if_received
-                )
-                measured = steps.finish(sections, build_s, ready_s)
+        # Model
+        model, build_s = timed(build_model, config, data, machine.is_gpu)
+        run.describe_model(model, build_s)
 
-            # Train
-            def check_epoch(epoch: int, logs: dict) -> None:
-                require_finite(epoch, logs, lambda: model.predict_on_batch(data.x_train[:images]))
+        # Measure; leaves the model unchanged
+        workload = Workload(model, data, make_batches, batch_size, config.gradient_accumulation_steps)
+        run.measure(before_training(workload, config.measure_seconds, run.sensors, run.signals.raise_if_received))
 
-            meter = meters.Meter(meters.all_of(sensors))
-            recorder = EpochRecorder(meter, progress.epochs, compiles_first, check_epoch)
-            best_weights = resume.restore(model, resumed, resume_path)
-            best = BestWeights(config.checkpoint_path, progress.best_epoch, progress.best_accuracy, best_weights)
-            # In this order: the record of an epoch is made first, and an epoch that diverged has none.
-            own_callbacks = [EpochSeeds(config.seed, batches), signals, recorder, best, ReturnFreedMemory()]
-            own_callbacks.append(AverageInValidation())
-            if is_resumable:
-                wandb_id = wandb_run.id if wandb_run else None
-                started = msgspec.structs.replace(progress, wandb_id=wandb_id, measured=measured)
-                own_callbacks.append(resume.ResumeFile(resume_path, run_identity, started, recorder, best))
-            if wandb_run:
-                tracking.describe(wandb_run, results["what"])
-                own_callbacks.append(CustomWandbCallback(wandb_run, len(data.x_train), recorder))
-            lines = console.epoch_lines(len(data.x_train), recorder)
-            try:
-                model.fit(
-                    batches,
-                    shuffle=False,  # EpochSeeds does
-                    epochs=config.num_epochs,
-                    initial_epoch=first_epoch,
-                    validation_data=(data.x_val, data.y_val) if len(data.x_val) else None,
-                    validation_batch_size=images,
-                    callbacks=[*own_callbacks, lines, *callbacks],
-                    verbose=0,
-                )
-            finally:  # also where the run ends early
-                lines.close()
-                resumable = str(resume_path) if is_resumable and resume_path.exists() else None
-                results["files"] = {"weights": best.file.current, "resume": resumable}
-                count = len(data.x_train)
-                threads = device.backend_threads()
-                training = training_figures(recorder.epochs, count, sensors, results["what"], threads)
-                waiting = steps.to_first_epoch(recorder.epochs, None if first_epoch else ready_s, measured)
-                for section, figures in merge(measured, training, waiting).items():
-                    results[section] = results.get(section, {}) | figures
-                results["memory"]["train_peak_device_bytes"] = device.find_device().peak_memory_bytes
-                results["what"] |= how_it_runs(model, shape, config.attention_dropout, cache)  # torch compiles late
-                results["what"]["resumed_after_epochs"] = progress.resumed_after_epochs
+        # Train; an epoch that diverged leaves no record, and is not the best
+        batches = make_batches(data.x_train, data.y_train, batch_size)
+        predict_few = partial(model.predict_on_batch, data.x_train[:batch_size])
+        recorder = run.record_epochs(len(data.x_train), partial(require_finite, predict=predict_few))
+        best = BestWeights.of_run(config.checkpoint_path, resumable, model)
+        run.claim(best.file)
+        own_callbacks = [EpochSeeds(config.seed, batches), run.signals, recorder, best, ReturnFreedMemory()]
+        own_callbacks += [AverageInValidation(), *resumable.callbacks(recorder, best, run.measured, run.wandb_id)]
+        if run.wandb:
+            own_callbacks.append(CustomWandbCallback(run.wandb, len(data.x_train), recorder))
+        with console.epoch_lines(len(data.x_train), recorder) as lines:
+            model.fit(
+                batches,
+                shuffle=False,  # EpochSeeds does
+                epochs=config.num_epochs,
+                initial_epoch=len(recorder.epochs),
+                validation_data=(data.x_val, data.y_val) if len(data.x_val) else None,
+                validation_batch_size=batch_size,
+                callbacks=[*own_callbacks, lines, *callbacks],
+                verbose=0,
+            )
 
-            # Evaluate and record
-            device.assign_copies(model.weights, best.weights)
-            if not best.file.current:  # not written by this process, replaced by another run, or /tmp was cleaned
-                best.file.write(model)
-            results["files"] = {"weights": best.file.current, "resume": None}
-
-            def evaluate() -> dict:
-                return model.evaluate(data.x_test, data.y_test, images, verbose=0, return_dict=True)
-
-            test, evaluation = steps.evaluation(evaluate, len(data.x_test), budget_s)
-            signals.raise_if_received()
-            for section, figures in evaluation.items():
-                results[section] |= figures
-            results["memory"]["peak_rss_bytes"] = peak_rss_bytes()
-            results["quality"] |= {"best_epoch": best.epoch, "best_epoch_s": recorder.epochs[best.epoch - 1].end_s}
-            results["quality"]["test"] = {f"test_{name}": value for name, value in test.items()}
-    resume.finish(resume_path, keeps_state=config.resume and config.learning_rate_schedule == "constant")
-    return results
+        # Evaluate
+        best.restore(model)
+        evaluate = partial(model.evaluate, data.x_test, data.y_test, batch_size, verbose=0, return_dict=True)
+        run.add(evaluation(evaluate, len(data.x_test), config.measure_seconds))
+        run.add({"quality": {"best_epoch": best.epoch, "best_epoch_s": recorder.epochs[best.epoch - 1].end_s}})
+        run.signals.raise_if_received()
+    resumable.finish()
+    return run.results
 
 
 def main(config: ViTConfig, callbacks: Sequence[keras.callbacks.Callback] = ()) -> None:

@@ -21,7 +21,7 @@ from deploy.record import results_of
 from deploy.source import Source
 from edgebench import process
 from edgebench.cli import ExperimentError, OutOfMemory, require, require_writable_folder
-from edgebench.record import write_results
+from edgebench.record.results import write_results
 
 HERE = Path(__file__).parent
 ERROR, WARNING = "export.py: error: ", ": warning: "

@@ -7,9 +7,9 @@ import numpy as np
 from deploy import parity
 from deploy.formats import FORMATS
 from deploy.source import Source
+from edgebench.machine import machine_and_code
 from edgebench.measure.meters import unavailable
-from edgebench.record import machine_and_code
-from edgebench.schema import SCHEMA_VERSION
+from edgebench.record.results import SCHEMA_VERSION
 
 NOT_TRAINED = "a deployed file is not trained"
 NOT_TRAINED_PATHS = (

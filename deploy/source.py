@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgebench.cli import BACKENDS, ExperimentError, require
-from edgebench.schema import SCHEMA_VERSION
+from edgebench.record.results import SCHEMA_VERSION
 
 
 @dataclass(frozen=True)

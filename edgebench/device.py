@@ -14,7 +14,7 @@ from keras import ops
 
 from edgebench import nvml
 from edgebench.cli import ExperimentError, OutOfMemory, one_line, require, warn
-from edgebench.record import cpu_name
+from edgebench.machine import cpu_name
 
 BACKEND = keras.backend.backend()
 if BACKEND == "jax":

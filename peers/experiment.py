@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import h5py
 import keras
@@ -17,17 +16,17 @@ import numpy as np
 
 import vit
 from edgebench import datasets, process
-from edgebench.callbacks import StopSignals, require_finite
+from edgebench.callbacks import require_finite
 from edgebench.cli import ExperimentError, errors_in_one_line, flag, require
-from edgebench.compile_cache import CompileCache
-from edgebench.console import EpochLines
-from edgebench.device import backend_threads, find_device, prepare
-from edgebench.files import replacing
-from edgebench.measure import latency, meters, steps
+from edgebench.device import find_device, prepare
+from edgebench.measure import latency, steps
 from edgebench.measure.costs import vit_size
-from edgebench.measure.epochs import EpochRecorder, training_figures
-from edgebench.measure.sensors import Sensors, find_sensors, peak_rss_bytes
-from edgebench.results import recording, start_results
+from edgebench.measure.latency import timed
+from edgebench.measure.meters import inference_energy
+from edgebench.measure.sensors import Sensors
+from edgebench.record import console
+from edgebench.record.files import replacing
+from edgebench.record.recorder import Program, Recorder
 
 # The flags on the model and the training that the peers have; of the others they have the default only.
 HAVE = {"image_size", "patch_size", "projection_dim", "num_heads", "transformer_layers", "transformer_units"}
@@ -49,67 +48,35 @@ def run_experiment(native_class, config: vit.ViTConfig, callbacks: Sequence[kera
     """Measure, train, evaluate and record as vit.run_experiment does; `callbacks` are called as Keras would, but not for batches."""
     machine = prepare(config.device, config.seed, config.dtype_policy, config.tf32)
     packages = {name: importlib.metadata.version(name) for name in native_class.packages}
-    results = start_results(
-        native_class.name, packages, machine, config.as_json(), vit.ViTConfig().as_json(), vit.ENVIRONMENT, vit.IMPORT_S
-    )
-    what, budget_s, cache = results["what"], config.measure_seconds, CompileCache()
-
-    # Load
-    began = time.perf_counter()
-    data = vit.load_dataset(config.dataset, config.validation_split, config.seed)
-    results["time"]["load_s"] = time.perf_counter() - began
+    program = Program(native_class.name, packages, vit.ENVIRONMENT, vit.IMPORT_S)
+    console.print_start(program.versions(machine), machine.name, config.as_json(), vit.ViTConfig().as_json())
+    data, load_s = timed(vit.load_dataset, config.dataset, config.validation_split, config.seed)
     size = vit_size(config.as_json(), data.image_shape[2], data.num_classes)
-    what |= data.describe() | {"resumed_after_epochs": [], "train_flops_per_image": size.train_flops_per_image}
 
-    with StopSignals() as signals, recording(results, config.results_dir, signals):
-        # Build
-        began = time.perf_counter()
-        native = native_class(config, data, *normalization(data.moments))
-        results["time"]["build_s"] = build_s = time.perf_counter() - began
-        ready_s = process.age_s()
-        what |= {"attention": native.attention, "num_parameters": native.num_parameters}
-        what |= {"jit_compile": native.is_compiled, "jit_failure": None}
-        print(f"model: {what['num_parameters']:,} trainable parameters")
+    with Recorder(config, program, machine, size) as run:
+        run.describe(**data.describe())
+        native, build_s = timed(native_class, config, data, *normalization(data.moments))
+        run.add({"time": {"load_s": load_s}})
+        run.built(build_s, attention=native.attention, num_parameters=native.num_parameters)
+        run.describe_compilation(native.is_compiled)
+        print(f"model: {native.num_parameters:,} trainable parameters")
+        run.measure(measure_native(native, data, config.batch_size, config.measure_seconds, run.sensors))
 
-        # Measure
-        sensors = find_sensors(machine.is_gpu, machine.gpu_id)
-        measured: latency.Sections = {}
-        if budget_s:
-            sections = measure_native(native, data, config.batch_size, budget_s, sensors)
-            measured = steps.finish(sections, build_s, ready_s)
-
-        # Train
-        recorder = EpochRecorder(
-            meters.Meter(meters.all_of(sensors)),
-            compiles_first=not budget_s,
-            check=require_finite,
-            wait=lambda: None,  # train_epoch has waited
-        )
-        lines = EpochLines(len(data.x_train), recorder)
+        # Train; train_epoch has waited for the device
+        recorder = run.record_epochs(len(data.x_train), require_finite, wait=lambda: None)
+        lines = console.EpochLines(len(data.x_train), recorder)
         lines.set_params({"epochs": config.num_epochs})
         best, best_epoch = train(native, config, data, [recorder, lines, *callbacks])
-        results["files"] = {"weights": str(config.checkpoint_path), "resume": None}
+        run.add({"files": {"weights": str(config.checkpoint_path)}})
 
-        # Evaluate and record
+        # Evaluate
         def evaluate() -> dict:
-            return means(native.evaluate(best, *native.on_device(data.x_test, data.y_test)), len(data.x_test), "test_")
+            return means(native.evaluate(best, *native.on_device(data.x_test, data.y_test)), len(data.x_test))
 
-        training = training_figures(recorder.epochs, len(data.x_train), sensors, what, backend_threads())
-        waiting = steps.to_first_epoch(recorder.epochs, ready_s, measured)
-        for section, figures in latency.merge(measured, training, waiting).items():
-            results[section] = results.get(section, {}) | figures
-        what["compile_cache"] = cache.describe(native.is_compiled)
-        test, evaluation = steps.evaluation(evaluate, len(data.x_test), budget_s)
-        for section, figures in evaluation.items():
-            results[section] |= figures
-        results["memory"]["train_peak_device_bytes"] = find_device().peak_memory_bytes
-        results["memory"]["peak_rss_bytes"] = peak_rss_bytes()
-        results["quality"] |= {
-            "best_epoch": best_epoch,
-            "best_epoch_s": recorder.epochs[best_epoch - 1].end_s,
-            "test": test,
-        }
-    return results
+        run.add(steps.evaluation(evaluate, len(data.x_test), config.measure_seconds))
+        run.add({"quality": {"best_epoch": best_epoch, "best_epoch_s": recorder.epochs[best_epoch - 1].end_s}})
+        run.describe_compilation(native.is_compiled)  # the caches have been read by now
+    return run.results
 
 
 def train(native, config: vit.ViTConfig, data: vit.Dataset, callbacks: Sequence[keras.callbacks.Callback]) -> tuple:
@@ -153,12 +120,15 @@ def train_epoch(native, seed: int, epoch: int, images: int, batch_size: int) -> 
     return native.totals()
 
 
-def measure_native(native, data: vit.Dataset, batch_size: int, budget_s: float, sensors: Sensors) -> latency.Sections:
+def measure_native(
+    native, data: vit.Dataset, batch_size: int, budget_s: float, sensors: Sensors
+) -> Iterator[latency.Sections]:
     """steps.before_training for a peer: inference, steps, each waited for, and what compiles for the first time."""
-    predicting = latency.inference(native.predict, data.x_test, batch_size, budget_s)
-    memory = {"memory": {"inference_peak_device_bytes": find_device().peak_memory_bytes}}
+    yield latency.inference(native.predict, data.x_test, batch_size, budget_s)
+    yield {"memory": {"inference_peak_device_bytes": find_device().peak_memory_bytes}}
     batch = data.x_test[:batch_size]
-    joules = meters.inference_energy(sensors, lambda: native.predict(batch), len(batch))
+    yield inference_energy(sensors, lambda: native.predict(batch), len(batch))
+    yield steps.bare_latency(None, "there is no Keras around the peer's own call", data.x_test, budget_s)
     images = len(data.x_train)
     size, before = min(batch_size, images), native.snapshot()
     native.begin_epoch(np.arange(images), 0)
@@ -169,21 +139,20 @@ def measure_native(native, data: vit.Dataset, batch_size: int, budget_s: float, 
     seconds: list[float] = []
     while not latency.is_enough(seconds[1:], budget_s):
         start = len(seconds) % (images // size) * size
-        seconds.append(latency.timed(step, start, size)[1])
+        seconds.append(timed(step, start, size)[1])
     partial_s = 0.0
     if rest := images % size:  # compiled now, so that the first epoch is as steady as the others
-        first_s, second_s = (latency.timed(step, 0, rest)[1] for _ in range(2))
+        first_s, second_s = (timed(step, 0, rest)[1] for _ in range(2))
         partial_s = latency.compiling(first_s, [second_s])
     native.totals()
     native.set_params(before)
+    yield steps.step_sections(seconds, budget_s)
+    yield {"time": {"compile_s": {"partial_batch": partial_s}}}
 
     def evaluate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return native.evaluate(before, *native.on_device(x, y))
 
-    evaluating = steps.compiling_evaluation(evaluate, data.x_test, data.y_test, size)
-    no_bare_call = steps.bare_latency(None, "there is no Keras around the peer's own call", data.x_test, budget_s)
-    parts = steps.step_sections(seconds, budget_s), {"compile_s": {"partial_batch": partial_s}}, evaluating
-    return latency.merge(predicting, memory, joules, no_bare_call, *parts)
+    yield steps.compiling_evaluation(evaluate, data.x_test, data.y_test, size)
 
 
 def means(totals: Sequence[float], count: int, prefix: str = "") -> dict[str, float]:

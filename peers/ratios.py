@@ -42,7 +42,7 @@ from edgebench.compare.metrics import format_number
 from edgebench.compare.runs import NONE, Run, distinct, read_new_run
 from edgebench.compare.tables import markdown_table
 
-TURNS = launch.ROOT / "peers" / "turns.py"
+TURNS = items.ROOT / "peers" / "turns.py"
 SMALL = "--image-size 32 --patch-size 8 --projection-dim 32 --transformer-layers 2 --mlp-head-units 128"
 HELP_RUNS = 10
 WARM_UP = 2  # epochs that do not count: see above

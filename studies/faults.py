@@ -32,8 +32,9 @@ import numpy as np
 import tyro
 
 import vit
-from edgebench import cli, resume
+from edgebench import cli
 from edgebench.cli import flag
+from edgebench.record import resume
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = "--image-size 8 --patch-size 4 --projection-dim 8 --num-heads 2 --transformer-layers 1 --mlp-head-units 16"

@@ -21,9 +21,10 @@ from conftest import INSTALLED, TINY, Run, finish, only_results, wait_for_line, 
 from test_wandb import records
 
 import vit
-from edgebench import cli, files, resume
+from edgebench import cli
 from edgebench.measure.epochs import Epoch, EpochRecorder
 from edgebench.measure.meters import Meter
+from edgebench.record import files, resume
 
 # No epoch changes the accuracy, so the resumed process writes the weights of an epoch that it has not run.
 FIRST_IS_BEST = "--learning-rate 1e-12"
@@ -66,7 +67,7 @@ def test_a_signal_in_an_epoch_ends_the_run_with_all_there_is(number, status, sta
     run = finish(process)
     last = [line for line in run.stderr.splitlines() if line.startswith("vit.py: ")][-1]  # TensorFlow may say more
     assert run.status == status and last.startswith(f"vit.py: stopped by {number.name}; "), run
-    assert "the best weights so far are in a.weights.h5; to go on: python " in last and last.endswith(" --resume")
+    assert "the best weights so far are in a.weights.h5; resume with: python " in last and last.endswith(" --resume")
     assert ("wins over --keras-backend jax" in run.stderr) == (backend != "jax")
     assert "Traceback" not in run.stderr and "  quality/" not in run.stderr
     results = only_results(tmp_path)

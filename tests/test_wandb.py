@@ -14,7 +14,8 @@ import pytest
 from conftest import TINY, finish
 
 import vit
-from edgebench import cli, tracking
+from edgebench import cli
+from edgebench.record import tracking
 
 pytestmark = pytest.mark.any_version
 
@@ -146,7 +147,7 @@ def start_tracking(tmp_path, monkeypatch):
     def start(run_id: str | None = None, **variables: str):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return tracking.start_wandb("project", None, None, [], {}, run_id, group=None, job_type=None)
+        return tracking.start(vit.ViTConfig(wandb_project="project"), "jax", is_gpu=False, run_id=run_id)
 
     yield start
     wandb.teardown()  # it reads the environment once
@@ -164,7 +165,7 @@ def test_a_key_that_does_not_work_logs_offline_with_a_warning(key, start_trackin
     run = start_tracking(WANDB_API_KEY=key, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_SWEEP_ID="s1")
     warnings = capsys.readouterr().err
     run.log({"epoch": 1})
-    tracking.finish_wandb(run, {"figure": 1.0}, None, None, is_complete=True)
+    tracking.finish(run, {"figure": 1.0}, None, None, is_complete=True)
     assert "vit.py: warning: W&B logs offline" in warnings and "SWEEP SEES NOTHING" in warnings
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert any(record["type"] == "history" for record in records(folder)) and time.perf_counter() - began < 240
@@ -180,7 +181,7 @@ def test_the_command_for_a_resumed_offline_run_uploads_all_its_parts(start_track
         for epoch in epochs:
             run.log({"epoch": epoch})
         command = tracking.where_to_see(run)
-        tracking.finish_wandb(run, {"last": epochs[-1]}, None, None, is_complete=False)
+        tracking.finish(run, {"last": epochs[-1]}, None, None, is_complete=False)
         assert ("WANDB_RESUME" in command) == (epochs != [1, 2])
         time.sleep(1.1)  # the folders are named after the second
     env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4}

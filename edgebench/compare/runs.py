@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from edgebench.schema import SCHEMA_VERSION
+from edgebench.record.results import SCHEMA_VERSION
 
 NONE = "–"  # stands for a value that could not be measured; such a value is never a 0
 UNREADABLE = (OSError, ValueError, RecursionError)  # what reading a broken JSON file may raise

@@ -50,11 +50,13 @@ def percentiles(path: str, seconds: Sequence[float], budget_s: float) -> Section
 
 
 def merge(*parts: Sections) -> Sections:
-    """The sections of all parts together."""
+    """The sections of all parts together, and what is below them; of two values in the same place the later one counts."""
     merged: Sections = {}
     for part in parts:
-        for section, figures in part.items():
-            merged[section] = merged.get(section, {}) | figures
+        for name, value in part.items():
+            known = merged.get(name)
+            is_section = isinstance(known, dict) and isinstance(value, dict)
+            merged[name] = merge(known, value) if is_section else value
     return merged
 
 
@@ -82,7 +84,7 @@ def one_image(predict: Callable, images: np.ndarray, budget_s: float) -> Section
     """Latency of one image with `predict`, from NumPy array to NumPy array, and the peak memory of the process until then."""
     first_s, seconds = repeat(predict, images[:1], budget_s)
     memory = {"memory": {"inference_peak_rss_bytes": peak_rss_bytes()}}
-    compile_s = {"compile_s": {"predict_one": compiling(first_s, seconds)}}
+    compile_s = {"time": {"compile_s": {"predict_one": compiling(first_s, seconds)}}}
     return merge(percentiles("time/latency_ms", seconds, budget_s), memory, compile_s)
 
 
@@ -90,7 +92,7 @@ def batches(predict: Callable, batch: np.ndarray, budget_s: float) -> Sections:
     """Throughput of `predict` with one batch again and again, for a quarter of the budget."""
     first_s, seconds = repeat(predict, batch, budget_s / 4)
     rate = {"time": {"inference_images_per_s": len(batch) / statistics.median(seconds)}}
-    return merge(rate, {"compile_s": {"predict_batch": compiling(first_s, seconds)}})
+    return merge(rate, {"time": {"compile_s": {"predict_batch": compiling(first_s, seconds)}}})
 
 
 def inference(predict: Callable, images: np.ndarray, batch_size: int, budget_s: float) -> Sections:

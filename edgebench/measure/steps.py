@@ -5,7 +5,9 @@ Every function returns sections of the results. `missing` names the figures that
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import keras
 import numpy as np
@@ -52,35 +54,51 @@ def bare_latency(predict: Callable | None, why_not: str, images: np.ndarray, bud
 def step_sections(seconds: Sequence[float], budget_s: float) -> Sections:
     """The sections of a training step, of which the first compiles."""
     first_s, *steady_s = seconds
-    first = {"time": {"first_step_s": first_s}, "compile_s": {"train_step": compiling(first_s, steady_s)}}
-    return merge(percentiles("time/step_ms", steady_s, budget_s), first)
+    first = {"first_step_s": first_s, "compile_s": {"train_step": compiling(first_s, steady_s)}}
+    return merge(percentiles("time/step_ms", steady_s, budget_s), {"time": first})
 
 
-def steps(
-    model: keras.Model,
-    make_batches: Callable[[np.ndarray, np.ndarray, int], ShuffledBatches],
-    x: np.ndarray,
-    y: np.ndarray,
-    batch_size: int,
-    batches_per_step: int,
-    budget_s: float,
-    raise_if_stopped: Callable[[], None],
-) -> Sections:
-    """Time of the first training step, which compiles, and of steady ones; the model is afterwards as before.
+class Images(Protocol):
+    """Images and labels as vit.Dataset has them."""
 
-    Batches come as in the training, because TensorFlow compiles again for another source of data. The partial batch at
-    the end of an epoch is compiled here, too, so that no epoch compiles.
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A compiled model and what it is trained on.
+
+    `make_batches` makes the batches of the training from images, labels and a batch size: TensorFlow compiles again for
+    another source of data. `micro_batch_size` images go through the model at a time, and a step of the optimizer takes
+    `micro_batches` of them.
     """
+
+    model: keras.Model
+    data: Images
+    make_batches: Callable[[np.ndarray, np.ndarray, int], ShuffledBatches]
+    micro_batch_size: int
+    micro_batches: int = 1
+
+
+def steps(workload: Workload, budget_s: float, raise_if_stopped: Callable[[], None]) -> Sections:
+    """Time of the first training step, which compiles, and of steady ones; leaves the model unchanged.
+
+    The partial batch at the end of an epoch is compiled here, too, so that no epoch compiles.
+    """
+    model, x, y = workload.model, workload.data.x_train, workload.data.y_train
     build_optimizer(model)
     variables = [*model.variables, *model.optimizer.variables]
     before = copy_values(variables)
-    batch_size = min(batch_size, len(x))
-    batches_per_step = min(batches_per_step, len(x) // batch_size)
+    batch_size = min(workload.micro_batch_size, len(x))
+    batches_per_step = min(workload.micro_batches, len(x) // batch_size)
     step_size = batch_size * batches_per_step
     whole = len(x) // step_size * step_size
 
     def fit(count: int, timer: Sequence[StepTimer] = ()) -> None:
-        batches = make_batches(x[:count], y[:count], min(batch_size, count))
+        batches = workload.make_batches(x[:count], y[:count], min(batch_size, count))
         try:
             model.fit(batches, shuffle=False, verbose=0, callbacks=[*timer])
         except Exception:  # with an average of the weights, Keras on JAX hides a signal behind an error of its own
@@ -97,34 +115,24 @@ def steps(
     if rest := len(x) % batch_size:
         partial_s = compiling(timed(fit, rest)[1], [timed(fit, rest)[1]])
     assign_copies(variables, before)
-    return merge(step_sections(timer.seconds, budget_s), {"compile_s": {"partial_batch": partial_s}})
+    return merge(step_sections(timer.seconds, budget_s), {"time": {"compile_s": {"partial_batch": partial_s}}})
 
 
 def compiling_evaluation(evaluate: Callable, x: np.ndarray, y: np.ndarray, batch_size: int) -> Sections:
     """Compile time of evaluating a whole batch and the partial one at the end."""
     count = min(len(x), batch_size + len(x) % batch_size)
     first_s, second_s = (timed(evaluate, x[:count], y[:count])[1] for _ in range(2))
-    return {"compile_s": {"evaluation": compiling(first_s, [second_s])}}
+    return {"time": {"compile_s": {"evaluation": compiling(first_s, [second_s])}}}
 
 
 def before_training(
-    model: keras.Model,
-    make_batches: Callable[[np.ndarray, np.ndarray, int], ShuffledBatches],
-    x_train: np.ndarray,
-    y_train: np.ndarray,
-    x_test: np.ndarray,
-    y_test: np.ndarray,
-    batch_size: int,
-    batches_per_step: int,
-    budget_s: float,
-    sensors: Sensors,
-    raise_if_stopped: Callable[[], None],
-) -> Sections:
-    """Latency, throughput and energy of inference, step time and compile times; the model is afterwards as before.
+    workload: Workload, budget_s: float, sensors: Sensors, raise_if_stopped: Callable[[], None]
+) -> Iterator[Sections]:
+    """Latency, throughput and energy of inference, step time and compile times, one after the other; leaves the model unchanged.
 
-    `make_batches` makes those of the training from images, labels and a batch size. `raise_if_stopped` is called again and
-    again, and ends the measurement with its exception.
+    `raise_if_stopped` is called again and again, and ends the measurement with its exception.
     """
+    model, data, batch_size = workload.model, workload.data, workload.micro_batch_size
 
     def interruptible(function: Callable) -> Callable:
         def call(*arguments):
@@ -136,29 +144,25 @@ def before_training(
     def evaluate(x: np.ndarray, y: np.ndarray) -> None:
         model.evaluate(x, y, batch_size, verbose=0)
 
-    predict, bare = interruptible(model.predict_on_batch), bare_predict(model, x_test[:1])
-    predicting = inference(predict, x_test, batch_size, budget_s)
-    peak_bytes = find_device().peak_memory_bytes  # cannot be reset, and training holds more
-    return merge(
-        predicting,
-        {"memory": {"inference_peak_device_bytes": peak_bytes}},
-        inference_energy(sensors, lambda: predict(x_test[:batch_size]), len(x_test[:batch_size])),
-        bare_latency(bare and interruptible(bare), NOTHING_COMPILED, x_test, budget_s),
-        steps(model, make_batches, x_train, y_train, batch_size, batches_per_step, budget_s, raise_if_stopped),
-        compiling_evaluation(interruptible(evaluate), x_test, y_test, batch_size),
-    )
+    predict, bare = interruptible(model.predict_on_batch), bare_predict(model, data.x_test[:1])
+    yield inference(predict, data.x_test, batch_size, budget_s)
+    # The peak cannot be reset, and training holds more.
+    yield {"memory": {"inference_peak_device_bytes": find_device().peak_memory_bytes}}
+    batch = data.x_test[:batch_size]
+    yield inference_energy(sensors, lambda: predict(batch), len(batch))
+    yield bare_latency(bare and interruptible(bare), NOTHING_COMPILED, data.x_test, budget_s)
+    yield steps(workload, budget_s, raise_if_stopped)
+    yield compiling_evaluation(interruptible(evaluate), data.x_test, data.y_test, batch_size)
 
 
-def finish(sections: Sections, build_s: float, ready_s: float) -> Sections:
-    """The sections with what follows from them: the total of compiling, and the wait until the first step.
+def waits(measured: Sections, build_s: float, ready_s: float) -> Sections:
+    """What follows from what was `measured`: the total of compiling, and the wait until the first step.
 
     Building the model, in `build_s`, compiles many small programs on JAX; `ready_s` is the age of the process after it.
     """
-    rest = {name: figures for name, figures in sections.items() if name != "compile_s"}
-    compile_s = {"build": build_s, **sections["compile_s"]}
+    compile_s = {"build": build_s, **measured["time"]["compile_s"]}
     compile_s["total"] = sum(compile_s.values())
-    to_first_step_s = ready_s + sections["time"]["first_step_s"]
-    return merge(rest, {"time": {"compile_s": compile_s, "to_first_step_s": to_first_step_s}})
+    return {"time": {"compile_s": compile_s, "to_first_step_s": ready_s + measured["time"]["first_step_s"]}}
 
 
 def to_first_epoch(epochs: Sequence[Epoch], ready_s: float | None, measured: Sections) -> Sections:
@@ -175,18 +179,20 @@ def to_first_epoch(epochs: Sequence[Epoch], ready_s: float | None, measured: Sec
     return {"time": {"to_first_epoch_s": ready_s + earlier_s + epochs[0].end_s}}
 
 
-def evaluation(evaluate: Callable[[], dict], images: int, budget_s: float) -> tuple[dict, Sections]:
+def evaluation(evaluate: Callable[[], dict], images: int, budget_s: float) -> Sections:
     """The metrics that `evaluate` returns, and `evaluation_images_per_s`: the median of up to EVALUATIONS more calls.
 
     The first call may compile, and is left out. There is no second one, and no figure, where it takes longer than `budget_s`.
     """
     metrics, first_s = timed(evaluate)
+    quality = {"quality": {"test": {f"test_{name}": value for name, value in metrics.items()}}}
     if first_s >= budget_s:
-        reason = (
-            f"one evaluation takes longer than --measure-seconds {budget_s:g}" if budget_s else "--measure-seconds 0"
-        )
-        return metrics, {"time": {"evaluation_images_per_s": None}, "missing": {"time/evaluation_images_per_s": reason}}
+        reason = "--measure-seconds 0"
+        if budget_s:
+            reason = f"one evaluation takes longer than --measure-seconds {budget_s:g}"
+        path = "time/evaluation_images_per_s"
+        return merge(quality, {"time": {"evaluation_images_per_s": None}, "missing": {path: reason}})
     seconds: list[float] = []
     while not seconds or (len(seconds) < EVALUATIONS and first_s + sum(seconds) < budget_s):
         seconds.append(timed(evaluate)[1])
-    return metrics, {"time": {"evaluation_images_per_s": images / statistics.median(seconds)}, "missing": {}}
+    return merge(quality, {"time": {"evaluation_images_per_s": images / statistics.median(seconds)}})

@@ -1,18 +1,12 @@
-"""What every results file records of the machine and the code, and how it is written. Imports no Keras.
+"""What every results file says of the machine and the code. Imports no Keras."""
 
-results.py records a training with it, deploy/ a deployed file, whose runtime knows nothing of Keras.
-"""
-
-import json
-import os
 import platform
 import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
-from edgebench.cli import one_line, warn
-from edgebench.files import replacing
+from edgebench.cli import one_line
 
 POWER_MODE = Path("/var/lib/nvpmodel/status")  # of a Jetson, as nvpmodel keeps it
 
@@ -49,20 +43,3 @@ def _git(*arguments: str) -> tuple[str | None, str]:
     except (OSError, subprocess.SubprocessError) as error:
         return None, one_line(error)
     return (None, done.stderr.strip().partition("\n")[0]) if done.returncode else (done.stdout.strip(), "")
-
-
-def write_results(folder: Path, results: dict) -> Path | None:
-    """Write the run's file and return its path; None on a full disk, which costs the file, not the result on the console."""
-    what = results["what"]
-    node = re.sub(r"[^A-Za-z0-9._-]", "_", what["node"])
-    stamp = what["started"].replace(":", "").replace("-", "").partition("+")[0]
-    path = folder / f"{stamp}-{node}-{what['backend']}-{os.urandom(4).hex()}.json"
-    # JSON has no notation for a number that is not finite: it becomes null.
-    finite = json.loads(json.dumps(results), parse_constant=lambda number: None)
-    try:
-        with replacing(path) as scratch:
-            scratch.write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        warn(f"the results cannot be written to {path} ({error}): what is printed here is all there is of them")
-        return None
-    return path

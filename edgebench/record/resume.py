@@ -22,9 +22,10 @@ import numpy as np
 from edgebench.averages import averages
 from edgebench.cli import ExperimentError, flag, one_line, warn
 from edgebench.device import assign_copies, build_optimizer, copy_values
-from edgebench.files import replacing
 from edgebench.flags import Flag
 from edgebench.measure.epochs import Epoch, EpochRecorder
+from edgebench.record import console
+from edgebench.record.files import replacing
 
 
 class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,19 +117,6 @@ def _state_in(archive: Mapping[str, np.ndarray]) -> _State:
     return msgspec.json.decode(archive["progress"].tobytes(), type=_State)
 
 
-def finish(path: Path, keeps_state: bool) -> None:
-    """Mark the run at `path` as complete. Its state is large, and is kept only where a longer run is to go on from it."""
-    with contextlib.suppress(OSError):  # nothing was written, or nothing can be
-        if keeps_state:
-            os.replace(path, _of_complete_run(path))
-            return
-        with zipfile.ZipFile(path) as whole:
-            progress = whole.read("progress.npy")
-        with replacing(_of_complete_run(path)) as scratch, zipfile.ZipFile(scratch, "w") as archive:
-            archive.writestr("progress.npy", progress)
-        path.unlink()
-
-
 def _require_no_other_run(path: Path, identity: dict) -> None:
     """Raise ExperimentError naming the flags that differ, if a run with another identity was interrupted beside `path`."""
     stem = glob.escape(path.name.rsplit(".", 3)[0])
@@ -195,3 +183,47 @@ class ResumeFile(keras.callbacks.Callback):
                         np.lib.format.write_array(file, array, allow_pickle=False)
         except OSError as error:
             warn(f"the run cannot be resumed from here, {self.path} cannot be written ({one_line(error)})")
+
+
+class ResumableRun:
+    """The file that continues a run, beside its checkpoint, and what it held when the run was started."""
+
+    def __init__(self, config: Any, flags: Mapping[str, Flag], x_train: np.ndarray, y_train: np.ndarray):
+        """`config` is a vit.ViTConfig with these `flags`. Raises ExperimentError where --resume finds a file of no use."""
+        self.identity = identity(config.as_json(), flags, x_train, y_train)
+        # Nobody resumes a sweep's trials, and they would fill the disk.
+        self.is_kept = not os.environ.get("WANDB_SWEEP_ID")
+        self.path = path_of(config.checkpoint_path, self.identity)
+        self._keeps_state = config.resume and config.learning_rate_schedule == "constant"
+        self._resumed = Resumed()
+        if config.resume:
+            self._resumed = read(self.path, self.identity, config.num_epochs)
+            console.print_resumed(self.path, len(self.progress.epochs))
+        if self.is_kept and self.path.exists() and not config.resume:
+            warn(f"replacing the interrupted run of this configuration, {self.path}; --resume would continue it")
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run had come when it was started."""
+        return self._resumed.progress
+
+    def restore(self, model: keras.Model) -> Sequence[np.ndarray]:
+        """As `restore` does."""
+        return restore(model, self._resumed, self.path)
+
+    def callbacks(self, recorder: EpochRecorder, best, measured: dict, wandb_id: str | None) -> list[ResumeFile]:
+        """What keeps the file: a ResumeFile, or nothing. `measured` are sections of the results, from before the training."""
+        started = msgspec.structs.replace(self.progress, wandb_id=wandb_id, measured=measured)
+        return [ResumeFile(self.path, self.identity, started, recorder, best)] if self.is_kept else []
+
+    def finish(self) -> None:
+        """Mark the run as complete. Its state is large, and is kept only where a longer run is to continue from it."""
+        with contextlib.suppress(OSError):  # nothing was written, or nothing can be
+            if self._keeps_state:
+                os.replace(self.path, _of_complete_run(self.path))
+                return
+            with zipfile.ZipFile(self.path) as whole:
+                progress = whole.read("progress.npy")
+            with replacing(_of_complete_run(self.path)) as scratch, zipfile.ZipFile(scratch, "w") as archive:
+                archive.writestr("progress.npy", progress)
+            self.path.unlink()

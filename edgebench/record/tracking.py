@@ -3,8 +3,8 @@
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edgebench.cli import ExperimentError, one_line, warn
 
@@ -14,20 +14,26 @@ BEST = ("val_accuracy", "val_top-5-accuracy")  # whose best value counts, not on
 SHORT_FORMATS = {"float32": "fp32", "mixed_bfloat16": "bf16", "mixed_float16": "fp16"}
 
 
-def start_wandb(
-    project: str,
-    entity: str | None,
-    name: str | None,
-    tags: Sequence[str],
-    config: dict,
-    run_id: str | None,
-    group: str | None,
-    job_type: str | None,
-):
-    """Start a W&B run, or continue the one with this id; return None where W&B cannot even log offline (a full disk).
+def start(config: Any, backend: str, is_gpu: bool, run_id: str | None):
+    """Start the W&B run of a vit.ViTConfig, or continue the one with this id.
 
-    Where it cannot be online it is offline, and a warning says why. Raises ExperimentError for settings that W&B refuses.
+    None where it is turned off, or where W&B cannot even log offline (a full disk). Where it cannot be online it is offline,
+    and a warning says why. Raises ExperimentError for settings that W&B refuses.
     """
+    if not config.use_wandb:
+        return None
+    node = config.node_name
+    tags = [*config.wandb_tags, backend, "gpu" if is_gpu else "cpu", node]
+    options = {
+        "project": config.wandb_project,
+        "entity": config.wandb_entity,
+        "name": config.wandb_run_name or run_name(node, backend, config.batch_size, config.dtype_policy),
+        "tags": list(dict.fromkeys(tags)),
+        "group": config.wandb_group or node,
+        "job_type": config.wandb_job_type,
+        "config": config.as_json() | {"num_patches": config.num_patches},
+        "id": run_id,
+    }
     import wandb
 
     try:
@@ -41,10 +47,9 @@ def start_wandb(
         except wandb.errors.Error as error:  # a key that is malformed or rejected, a server out of reach
             reason = str(error)
     timeouts = {key: seconds for key, seconds in TIMEOUTS.items() if f"WANDB_{key.upper()}" not in os.environ}
-    options = {"project": project, "entity": entity, "name": name, "tags": list(tags) or None, "config": config}
     # Without its report at the end, as the console's own is shorter.
     quiet = {} if "WANDB_QUIET" in os.environ else {"quiet": True}
-    options |= {"id": run_id, "group": group, "job_type": job_type, "settings": wandb.Settings(**timeouts, **quiet)}
+    options["settings"] = wandb.Settings(**timeouts, **quiet)
     if reason is None:
         try:
             return _with_metrics(wandb.init(mode=mode, resume="allow" if run_id else None, **options))
@@ -95,7 +100,7 @@ def where_to_see(run) -> str | None:
     return f"wandb sync {shlex.quote(os.path.relpath(folder))}"
 
 
-def finish_wandb(run, summary: dict, results: Path | None, weights: str | None, is_complete: bool) -> None:
+def finish(run, summary: dict, results: Path | None, weights: str | None, is_complete: bool) -> None:
     """Send the summary, the results file and, if there are any, the weights as an artifact, and end the run.
 
     It ends as failed unless it is complete; no error here is fatal.

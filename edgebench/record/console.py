@@ -43,6 +43,11 @@ def print_resumed(path: Path, epochs: int) -> None:
         print(f"resume: nothing at {path}, starting from scratch")
 
 
+def print_measuring(budget_s: float) -> None:
+    """Print what happens before the training, and for how long."""
+    print(f"measuring latency and step time, for up to {budget_s:g} s each (--measure-seconds)")
+
+
 def print_model(parameters: int, patches: int, rest: int) -> None:
     """Print the size of the model; `rest` is the number of rows and of columns that no patch covers."""
     print(f"model: {parameters:,} trainable parameters, {patches} patches")
@@ -79,7 +84,10 @@ class EpochLines(keras.callbacks.Callback):
             line += f", val {_percent(logs['val_accuracy'])}"
         print(line, flush=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> "EpochLines":
+        return self
+
+    def __exit__(self, *exception) -> None:
         """Leave the terminal as it was, however the training ended."""
 
 
@@ -114,7 +122,7 @@ class EpochBar(EpochLines):
         self._bar.stop()
         super().on_epoch_end(epoch, logs)
 
-    def close(self) -> None:
+    def __exit__(self, *exception) -> None:
         self._bar.stop()
 
 

@@ -1,0 +1,1 @@
+"""What a run leaves: the results, what the console and W&B show of them, and the files."""
