@@ -91,9 +91,9 @@ class ViTConfig:
     """Share of the attention weights dropped in training. Above 0, JAX and TensorFlow cannot use their fused attention."""
     stochastic_depth: Annotated[float, model_flag(within=flags.SHARE)] = 0.0
     """Share of the images for which a residual branch of the last block is left out in training; it falls to 0 at the first."""
-    initial_weights: Annotated[Literal["published", "glorot", "normal"], model_flag()] = "published"
-    """Range of the initial kernels. published: as in the keras.io example and in Keras before 3.15; glorot: attention as in Keras
-    3.15, up to five times as wide; normal: every kernel from a normal distribution with a standard deviation of 0.02."""
+    initial_weights: Annotated[Literal["published", "glorot"], model_flag()] = "published"
+    """Range of attention's initial kernels. published: that of the keras.io example and of Keras before 3.15; glorot: that of
+    Keras 3.15, up to five times as wide."""
 
     recipe: Annotated[
         Literal["published", "modern"], training_flag(comparison=flags.CANNOT_MATTER, may_change=True)
@@ -461,10 +461,10 @@ class Patches(layers.Layer):
 class PatchEncoder(layers.Layer):
     """Patches (B, N, P) -> tokens (B, N, D): a linear projection plus a learned embedding of the position."""
 
-    def __init__(self, num_patches: int, projection_dim: int, kernel_initializer="glorot_uniform", **kwargs):
+    def __init__(self, num_patches: int, projection_dim: int, **kwargs):
         super().__init__(**kwargs)
         self.num_patches, self.projection_dim = num_patches, projection_dim
-        self.projection = layers.Dense(projection_dim, kernel_initializer=kernel_initializer)
+        self.projection = layers.Dense(projection_dim)
         self.position_embedding = layers.Embedding(input_dim=num_patches, output_dim=projection_dim)
 
     def build(self, input_shape):
@@ -515,29 +515,13 @@ class GlorotAttention(PublishedAttention):
         return keras.random.uniform(shape, -limit, limit, dtype=dtype, seed=self.seed)
 
 
-@keras.saving.register_keras_serializable(package="vit")
-class SmallNormal(keras.initializers.TruncatedNormal):
-    """A normal distribution with a standard deviation of 0.02, cut off at two of them, as in BERT, DeiT and BEiT."""
-
-    def __init__(self, seed: int | None = None):
-        super().__init__(stddev=0.02, seed=seed)
-
-    def get_config(self):
-        return {"seed": super().get_config()["seed"]}
+INITIAL_ATTENTION = {"published": PublishedAttention, "glorot": GlorotAttention}  # of --initial-weights
 
 
-# Of --initial-weights: the initializers of attention's kernels and of all others. Classes, as each layer needs one of its own.
-INITIALIZERS = {
-    "published": (PublishedAttention, "glorot_uniform"),
-    "glorot": (GlorotAttention, "glorot_uniform"),
-    "normal": (SmallNormal, SmallNormal),
-}
-
-
-def mlp(x, hidden_units: Sequence[int], dropout_rate: float, kernel_initializer="glorot_uniform"):
+def mlp(x, hidden_units: Sequence[int], dropout_rate: float):
     """Dense layers of these widths with GELU, each followed by dropout."""
     for units in hidden_units:
-        x = layers.Dense(units, activation=keras.activations.gelu, kernel_initializer=kernel_initializer)(x)
+        x = layers.Dense(units, activation=keras.activations.gelu)(x)
         x = Dropout(dropout_rate)(x)
     return x
 
@@ -553,27 +537,25 @@ def create_vit_classifier(
     """Images (B, *image_shape) as stored -> logits (B, num_classes). The keras.io ViT: see the head of the file."""
     inputs = keras.Input(shape=image_shape)
     tokens = Patches(config.patch_size)(data_augmentation(inputs))
-    attention_initializer, kernel_initializer = INITIALIZERS[config.initial_weights]
-    tokens = PatchEncoder(config.num_patches, config.projection_dim, kernel_initializer)(tokens)
+    tokens = PatchEncoder(config.num_patches, config.projection_dim)(tokens)
     for rate in np.linspace(0, config.stochastic_depth, config.transformer_layers).tolist():
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
         attention = Attention(
             num_heads=config.num_heads,
             key_dim=config.projection_dim,
             dropout=config.attention_dropout,
-            kernel_initializer=attention_initializer,
+            kernel_initializer=INITIAL_ATTENTION[config.initial_weights],
         )
         tokens = residual(tokens, attention(normed, normed), rate)
         normed = layers.LayerNormalization(epsilon=1e-6)(tokens)
-        tokens = residual(tokens, mlp(normed, config.transformer_units, BLOCK_DROPOUT, kernel_initializer), rate)
+        tokens = residual(tokens, mlp(normed, config.transformer_units, BLOCK_DROPOUT), rate)
     features = layers.LayerNormalization(epsilon=1e-6)(tokens)
     if config.head == "mean":
         features = layers.GlobalAveragePooling1D()(features)
     else:
         features = Dropout(HEAD_DROPOUT)(layers.Flatten()(features))
-    features = mlp(features, config.mlp_head_units, HEAD_DROPOUT, kernel_initializer)
-    # The softmax of the loss needs the precision.
-    logits = layers.Dense(num_classes, dtype="float32", kernel_initializer=kernel_initializer)(features)
+    features = mlp(features, config.mlp_head_units, HEAD_DROPOUT)
+    logits = layers.Dense(num_classes, dtype="float32")(features)  # the softmax of the loss needs the precision
     return keras.Model(inputs, logits, name="vit")
 
 

@@ -25,7 +25,7 @@ STARTS = {"published": "Keras before 3.15, vit.py", "glorot": "Keras 3.15"}
 
 def kernels(initial_weights: str) -> dict[str, np.ndarray]:
     """The kernels of an attention layer by their names."""
-    initializer, _ = vit.INITIALIZERS[initial_weights]
+    initializer = vit.INITIAL_ATTENTION[initial_weights]
     layer = keras.layers.MultiHeadAttention(HEADS, WIDTH, kernel_initializer=initializer)
     layer.build((None, 1, WIDTH), (None, 1, WIDTH))
     drawn = [weight for weight in layer.weights if weight.path.endswith("kernel")]
