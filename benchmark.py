@@ -53,7 +53,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "of vit.py for it alone, as in jax:dtype_policy=mixed_bfloat16,attention_dropout=0. torch alone means "
     )
     backends_help += "torch:jit=off torch:jit=on, on a CPU too, unless --jit stands after --"
-    cold_help = "compile anew in every run (--no-compile-cache), not only in the first of each backend"
+    cold_help = "compile from scratch in every run (--no-compile-cache), not only in the first of each backend"
     out_help = "folder for results and report (default: benchmark-results/<UTC time>, with --report its first PATH); "
     out_help += "the report includes runs that are already there"
     repeats_help = f"runs of each (default: {DEFAULT_REPEATS}); an even number balances the order"

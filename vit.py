@@ -1,4 +1,4 @@
-"""Train a Vision Transformer on CIFAR-100 with Keras 3, on the backend asked for.
+"""Train a Vision Transformer on CIFAR-100 with Keras 3, on the requested backend.
 
     python vit.py                                          # CIFAR-100, JAX, 10 epochs
     python vit.py --keras-backend torch --num-epochs 50    # the same on PyTorch
@@ -7,7 +7,8 @@
 
 The model, its defaults and its augmentation are those of the keras.io example "Image classification with
 Vision Transformer" (Khalid Salama, 2021, https://keras.io/examples/vision/image_classification_with_vision_transformer/),
-in its first version, which reports 55.1 % top-1 and 81.9 % top-5 on CIFAR-100 after 100 epochs. --recipe modern has others.
+in its first version. That reports 55.1 % top-1 and 81.9 % top-5 on CIFAR-100 after 100 epochs, with a weight decay that is
+--weight-decay 0.1 in today's terms. --recipe modern has other values.
 
 The file reads in the order of the run. Every choice that changes what is learned is made here; edgebench/ measures, protects
 and records it. results.schema.json explains every figure.
@@ -69,7 +70,7 @@ RECIPES = {
 
 @dataclass
 class ViTConfig:
-    """Train and evaluate a Vision Transformer with Keras 3 on the backend asked for."""
+    """Train and evaluate a Vision Transformer with Keras 3 on the requested backend."""
 
     image_size: Annotated[int, model_flag(within=flags.SIZE)] = 72
     """Side in pixels to which images are resized before they are cut into patches."""
@@ -106,7 +107,8 @@ class ViTConfig:
     warmup_epochs: Annotated[float, training_flag(within=flags.NOT_NEGATIVE)] = 0.0
     """Epochs in which the cosine schedule rises from 0 to learning_rate."""
     weight_decay: Annotated[float, training_flag(within=flags.NOT_NEGATIVE)] = 0.0001
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay: a step subtracts learning_rate * weight_decay * w, as in Keras, torch and optax. TensorFlow
+    Addons, with which keras.io's log of 2021 was made, left the learning rate out: that log has 0.1 here."""
     batch_size: Annotated[int, training_flag(within=flags.SIZE)] = 256
     """Images in a training step; evaluation takes as many at a time as go through the model at once."""
     gradient_accumulation_steps: Annotated[int, training_flag(within=flags.SIZE)] = 1
@@ -132,7 +134,7 @@ class ViTConfig:
     """Share of the training images set apart for validation, drawn evenly from every class; 0 for none."""
     resume: Annotated[bool, training_flag(comparison=flags.CANNOT_MATTER, may_change=True)] = False
     """Continue the run with this configuration and checkpoint_path after its last complete epoch, or start it if there is none.
-    Only a run that was started with this keeps the state from which it can go on once it is complete, with more epochs."""
+    Only a run that was started with --resume keeps its state once it is complete, so that more epochs can follow."""
     seed: Annotated[int, training_flag(within=flags.UINT32, comparison=flags.CANNOT_MATTER)] = 0
     """Seed of the split, the weights, the order of the images, augmentation and dropout."""
 
@@ -161,7 +163,7 @@ class ViTConfig:
     checkpoint_path: Annotated[Path, file_flag()] = Path("/tmp/checkpoint.weights.h5")
     """File for the weights of the best epoch by validation accuracy; ends in .weights.h5."""
     results_dir: Annotated[Path, file_flag()] = Path("results")
-    """Folder for the run's results, one JSON file a run; results.schema.json explains every figure."""
+    """Folder for the run's results, one JSON file per run; results.schema.json explains every figure."""
     verbose: Annotated[bool, file_flag()] = False
     """Print every figure at the end, as the results file has them, not only the most important ones."""
     debug: Annotated[bool, file_flag()] = False
@@ -297,7 +299,7 @@ class Dataset:
     """Images (N, height, width, channels), uint8 or float32, and labels (N,) below `num_classes`; `val` may be empty.
 
     `moments` are mean and variance of every channel, over training and validation as in the keras.io example: were they
-    those of the split, JAX would compile anew for every seed.
+    those of the split, JAX would compile again for every seed.
     """
 
     x_train: np.ndarray
@@ -612,7 +614,7 @@ class CustomWandbCallback(keras.callbacks.Callback):
         figures |= {**(logs or {}), "learning_rate": float(ops.convert_to_numpy(self.model.optimizer.learning_rate))}
         try:
             self.run.log(figures | energy_of_epoch(record, self.images))
-        except Exception as error:  # a full disk, a service that has died: the training goes on
+        except Exception as error:  # a full disk, a service that has died: the training continues
             cli.warn(f"W&B did not take epoch {epoch + 1} ({cli.one_line(error)})")
 
 

@@ -41,7 +41,7 @@ class Unexpected(ExperimentError):
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for: the flags of export.py, with `batch_size` images in the second file."""
+    """The request: the flags of export.py, with `batch_size` images in the second file."""
 
     format: str
     int8: bool

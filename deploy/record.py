@@ -57,7 +57,7 @@ def results_of(
     }
     missing = no_git | dict.fromkeys(NOT_TRAINED_PATHS, NOT_TRAINED) | sections["missing"]
     missing |= {
-        "memory/inference_peak_device_bytes": "the runtime does not tell",
+        "memory/inference_peak_device_bytes": "the runtime does not report it",
         "time/bare_latency_ms": "there is no Keras around it",
     }
     if batch_size == 1:

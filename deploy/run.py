@@ -73,7 +73,7 @@ def measure(request: dict, folder: Path, threads: int) -> dict:
     load, missing = meters.load_figures(sensors.load, [load_record], threads)
     times = {"time": {"import_s": ready_s - open_s, "build_s": open_s}}
     del sections["time"]["compile_s"]  # nothing compiles: the first call costs what the runtime allocates
-    # The package may be another one, as onnxruntime-gpu. ai_edge_litert does not tell its version.
+    # The package may be another one, as onnxruntime-gpu. ai_edge_litert does not report its version.
     version = getattr(sys.modules[FORMATS[form].to_run], "__version__", None) or importlib.metadata.version(package)
     return {
         "device": gpu_name(gpu_id) if device == "gpu" else cpu_name(),

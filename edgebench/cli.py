@@ -46,7 +46,7 @@ class Diverged(ExperimentError):
 class Interrupted(BaseException):
     """SIGINT, SIGTERM or SIGHUP has arrived. Not an Exception, so that code which survives errors does not survive this.
 
-    `left` says what the run leaves and how it goes on.
+    `left` says what the run leaves and how to continue it.
     """
 
     def __init__(self, number: int, left: str = ""):

@@ -31,7 +31,7 @@ def usable_images(x: np.ndarray, name: str) -> np.ndarray:
 def usable_labels(y: np.ndarray, name: str, images: int, most: int) -> np.ndarray:
     """Labels as (N,) of int64, one for each of `images`, below `most`, the number of training images."""
     require(y.dtype.kind in "bui", f"{name} must hold integers, not {y.dtype}")
-    require(y.shape in ((images,), (images, 1)), f"{name} must hold one label an image, {images}, not {y.shape}")
+    require(y.shape in ((images,), (images, 1)), f"{name} must hold one label per image, {images}, not {y.shape}")
     require(int(y.min()) >= 0, f"{name} holds negative labels")
     require(int(y.max()) < most, f"{name}: labels go up to {y.max()}, but there are only {most} training images")
     return y.reshape(-1).astype(np.int64)

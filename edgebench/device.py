@@ -25,7 +25,7 @@ else:
     import tensorflow as tf
 
 KERAS_DEFAULTS = {"floatx": "float32", "epsilon": 1e-7, "image_data_format": "channels_last"}
-NO_LIMIT = 2**40  # bytes; where a backend does not tell its GPU's memory: no GPU has as much
+NO_LIMIT = 2**40  # bytes; where a backend does not report its GPU's memory: no GPU has as much
 NO_GPU = (
     "is a GPU there (nvidia-smi), does the container have it (--gpus all, on a Jetson --runtime nvidia), "
     "is this a CUDA build? To run on the CPU on purpose: --device cpu, or VIT_DEVICE=cpu"
@@ -49,7 +49,7 @@ class Device:
     """The device on which the backend computes by default.
 
     On a CPU `cuda`, the CUDA version, `peak_memory_bytes`, the most that the backend's allocator has held at once, and
-    `gpu_id`, the PCI address, are None. The address is also None where CUDA does not tell it. `memory_bytes` is what
+    `gpu_id`, the PCI address, are None. The address is also None where CUDA does not report it. `memory_bytes` is what
     there is of memory in all.
     """
 
@@ -110,7 +110,7 @@ def backend_threads() -> int | None:
     if BACKEND == "tensorflow":  # by default one for every core that the process may use
         return tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
     names = (_thread_name(thread) for thread in Path("/proc/self/task").iterdir())
-    return sum("XLAEigen" in name for name in names) or None  # JAX does not tell the size of XLA's pool
+    return sum("XLAEigen" in name for name in names) or None  # JAX does not report the size of XLA's pool
 
 
 def _thread_name(thread: Path) -> str:

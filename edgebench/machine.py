@@ -12,7 +12,7 @@ POWER_MODE = Path("/var/lib/nvpmodel/status")  # of a Jetson, as nvpmodel keeps 
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The name of the CPU; its architecture where the kernel does not tell it."""
+    """The name of the CPU; its architecture where the kernel does not report it."""
     model = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return model[1] if model else platform.machine()
 

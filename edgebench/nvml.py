@@ -46,7 +46,7 @@ class Gpu:
         import pynvml
 
         if address is None:
-            raise LookupError("CUDA does not tell which GPU the backend uses")
+            raise LookupError("CUDA does not report which GPU the backend uses")
         self._nvml = pynvml
         pynvml.nvmlInit()
         self._handle = pynvml.nvmlDeviceGetHandleByPciBusId(address)

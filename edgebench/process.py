@@ -37,7 +37,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 def clear_environment() -> dict[str, str]:
     """Remove the variables that would change what runs, whatever the flags say; a warning names each one.
 
-    Return those for the backends as the user has set them: part of how a run came about. Later calls set more.
+    Return those for the backends as the user has set them: part of the provenance of a run. Later calls set more.
     """
     for name, decides in OURS.items():
         _override(name, None, decides)

@@ -269,7 +269,7 @@ def test_what_was_not_measured_is_never_a_zero_and_says_why(write, tmp_path):
     text = text_of(tmp_path)
     for column in ("compile cold, s", "step p50, ms", "one image p50, ms", "energy, J/image"):
         assert cells(text, JAX, column) == cells(text, f"{COMPILED} / {JAX}", column) == "–"
-    assert "energy an image: unavailable for JAX (compiled)." in text
+    assert "energy per image: unavailable for JAX (compiled)." in text
     memory = cells(text, JAX, "peak memory, MiB"), cells(text, f"{COMPILED} / {JAX}", "peak memory, MiB")
     assert memory[0].endswith("RSS") and memory[1] == "–" and "peak memory: not compared" in text
     assert "- No step p50, step p99 for JAX (compiled): fewer than 100 steps in 15 s; raise --measure-seconds." in text

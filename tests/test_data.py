@@ -59,10 +59,10 @@ def test_anyones_images_are_loaded_with_shape_and_classes_from_the_data(tmp_path
         ({"x_train": np.zeros((20, 3, 9, 9)), "x_test": np.zeros((8, 3, 9, 9))}, "x.transpose(0, 2, 3, 1)"),
         ({"x_test": np.zeros((0, 8, 8, 1)), "y_test": np.zeros(0, int)}, "x_test is empty"),
         ({"x_test": np.zeros((8, 9, 8, 1))}, "images differ in shape"),
-        ({"y_train": np.zeros(19, int)}, "one label an image"),
+        ({"y_train": np.zeros(19, int)}, "one label per image"),
         ({"y_train": np.zeros(20)}, "y_train must hold integers"),
         ({"y_train": np.array("a")}, "y_train must hold integers"),
-        ({"y_train": np.eye(20, dtype=int)}, "one label an image"),  # one-hot
+        ({"y_train": np.eye(20, dtype=int)}, "one label per image"),  # one-hot
         ({"y_test": np.full(8, -1)}, "negative"),
         ({"y_test": np.full(8, 2**64 - 1, np.uint64)}, "labels go up to 18446744073709551615"),
         ({"y_test": np.full(8, 20)}, "labels go up to 20, but there are only 20 training images"),

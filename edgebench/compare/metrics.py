@@ -91,7 +91,7 @@ MEMORY = Metric(
 )
 ENERGY = Metric(
     *("energy", "J/image", "energy/accelerator/joules_per_image", "energy/cpu_package/joules_per_image"),
-    subject="energy an image",
+    subject="energy per image",
     claim="{a} used {ratio} the energy of {b} for a training image",
 )
 ACCURACY = Metric(

@@ -27,7 +27,7 @@ READING = f"""\
 - "would tell": in 8 of 10 reports, if the true difference and its spread are those observed.
 - An accuracy p from N test images has an error of its own: a pair's difference has at least the variance 2 p (1 - p) / N.
 - `!`: unstable runs, whose longest epoch took over 1.5 times as long as the shortest, or on a busy or throttled machine.
-- cold: all was compiled anew. warm: compiled code was loaded from an earlier run's cache. Modes that a cache cannot serve
+- cold: all was compiled from scratch. warm: compiled code was loaded from an earlier run's cache. Modes that a cache cannot serve
   count as both. first step, first epoch: seconds from the start of the process to their end.
 - one image: through `predict_on_batch`, as a user gets it; bare: the same computation without Keras' Python around it.
   p90, p99: of one image. memory: of the whole process after one image, before any batch or training.

@@ -45,7 +45,7 @@ def undecided(decision: Decision | None, metric: Metric, names: str) -> str:
     """Say that no difference is claimed, why, and how many more runs would tell."""
     least = f"{MIN_POINTS:g} points" if metric.is_share else f"{MIN_EFFECT:.0%}".replace("%", " %")
     if not decision:
-        anew = " (--cold: all compile anew)" if metric.cache == "cold" else ""
+        anew = " (--cold: all compile from scratch)" if metric.cache == "cold" else ""
         return f"too few runs to compare {names}, it takes 2 pairs at least{anew}"
     if decision.is_equal:
         return f"{names} are equal within {least}"

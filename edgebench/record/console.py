@@ -202,7 +202,7 @@ def _energy(energy: dict) -> str:
         figures = energy.get(part) or {}
         if figures.get("joules_per_image") is not None:
             joules, watts, source = figures["joules_per_image"], figures["mean_w"], figures["source"]
-            parts.append(f"{joules:.3g} J an image, {watts:.3g} W in training ({source})")
+            parts.append(f"{joules:.3g} J per image, {watts:.3g} W in training ({source})")
     return "; ".join(parts)
 
 
