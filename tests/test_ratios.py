@@ -83,6 +83,6 @@ def test_a_run_of_either_kind_goes_on_by_an_epoch_in_its_turn(images, tmp_path):
     row = ratios.Row("x", "x", "x", ratios.Side("native-jax", "--augmentation stock"), ratios.Side("jax"))
     why = ratios.run_pair(row, "cpu", [*images, "--num-epochs", "4"], 2, tmp_path / "02")
     assert why == (
-        "native-jax --augmentation stock: vit.py: error: the hand-written peers have --augmentation fused only"
+        "native-jax --augmentation stock: vit.py: error: the hand-written peers have no --augmentation stock, only fused"
     )
     assert ratios.read_pair(tmp_path / "02") is None and not list(tmp_path.glob("02/*/best*"))

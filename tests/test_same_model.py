@@ -95,7 +95,7 @@ def tanh_gelu(x):
     return keras.activations.gelu(x, approximate=True)
 
 
-@pytest.mark.any_version
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

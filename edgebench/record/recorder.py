@@ -196,7 +196,12 @@ class Recorder:
         """Complete the results, write and print them, and end the W&B run."""
         self.signals.finish()
         self.results |= {"status": status, "failure": failure}
-        self._add_what_was_followed()
+        try:
+            self._add_what_was_followed()
+        finally:  # a device that has failed may fail again
+            self._write()
+
+    def _write(self) -> None:
         results, run = self.results, self.wandb
         path = write_results(self.config.results_dir, results)
         console.print_summary(results, path, tracking.where_to_see(run))
@@ -204,8 +209,8 @@ class Recorder:
             console.print_all(results)
         if run is not None:  # last, as it may wait for a server
             weights = results["files"]["weights"] if self.config.wandb_artifact else None
-            summary = {**console.figures(results), "failure": failure}
-            tracking.finish(run, summary, path, weights, is_complete=status == "complete")
+            summary = {**console.figures(results), "failure": results["failure"]}
+            tracking.finish(run, summary, path, weights, is_complete=results["status"] == "complete")
 
     def _add_what_was_followed(self) -> None:
         """Add the epochs, what of the model has changed since, the memory, and the files that there are."""
@@ -225,11 +230,10 @@ class Recorder:
                 }
             },
         )
-        is_complete = self.results["status"] == "complete"
-        resume = self._resumable.path if self._resumable and not is_complete else None
         if self._weights:
             self.results["files"]["weights"] = self._weights.current
-        self.results["files"]["resume"] = str(resume) if resume and resume.exists() else None
+        if self._resumable and self.results["status"] != "complete":
+            self.results["files"]["resume"] = self._resumable.current
 
     def _how_it_runs(self, model: keras.Model) -> dict:
         """Whether the training step is compiled, why torch could not compile it, from which cache, and the path of attention."""

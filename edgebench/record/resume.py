@@ -207,6 +207,11 @@ class ResumableRun:
         """How far the run had come when it was started."""
         return self._resumed.progress
 
+    @property
+    def current(self) -> str | None:
+        """The path, if the run keeps a file and has written it."""
+        return str(self.path) if self.is_kept and self.path.exists() else None
+
     def restore(self, model: keras.Model) -> Sequence[np.ndarray]:
         """As `restore` does."""
         return restore(model, self._resumed, self.path)
