@@ -32,6 +32,7 @@ from typing import Annotated, Literal
 
 from edgebench import cli, flags, process, streams
 from edgebench.cli import BACKENDS, require
+from edgebench.files import WeightsFile, require_replaceable
 from edgebench.flags import (
     device_flag,
     file_flag,
@@ -41,7 +42,6 @@ from edgebench.flags import (
     training_flag,
     wandb_flag,
 )
-from edgebench.record.files import WeightsFile, require_replaceable
 
 # ------------ Configuration: the fields are the flags, their docstrings the help ------------
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgebench.cli import ExperimentError, OutOfMemory, require
 from edgebench.data_checks import check_shapes, usable_images, usable_labels
-from edgebench.record.files import replacing
+from edgebench.files import replacing
 
 ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
 # The names under which Keras keeps the downloaded files.

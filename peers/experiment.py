@@ -19,13 +19,13 @@ from edgebench import datasets, process
 from edgebench.callbacks import require_finite
 from edgebench.cli import ExperimentError, errors_in_one_line, flag, require
 from edgebench.device import find_device, prepare
+from edgebench.files import replacing
 from edgebench.measure import latency, steps
 from edgebench.measure.costs import vit_size
 from edgebench.measure.latency import timed
 from edgebench.measure.meters import inference_energy
 from edgebench.measure.sensors import Sensors
 from edgebench.record import console
-from edgebench.record.files import replacing
 from edgebench.record.recorder import Program, Recorder
 
 # The flags on the model and the training that the peers have; of the others they have the default only.

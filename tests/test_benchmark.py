@@ -17,7 +17,7 @@ from edgebench.compare.items import find_baseline
 from edgebench.compare.report import build_report
 from edgebench.compare.runs import read_failures, read_results
 from edgebench.compare.sets import FACTS, NOTED_PATHS, NOTED_WITHIN_A_NAME
-from edgebench.record.files import replacing
+from edgebench.files import replacing
 from studies import schema
 
 JAX, EAGER, COMPILED = "JAX (compiled)", "torch (eager)", "torch (compiled)"

@@ -21,10 +21,10 @@ from conftest import INSTALLED, TINY, Run, finish, only_results, wait_for_line, 
 from test_wandb import records
 
 import vit
-from edgebench import cli
+from edgebench import cli, files
 from edgebench.measure.epochs import Epoch, EpochRecorder
 from edgebench.measure.meters import Meter
-from edgebench.record import files, resume
+from edgebench.record import resume
 
 # No epoch changes the accuracy, so the resumed process writes the weights of an epoch that it has not run.
 FIRST_IS_BEST = "--learning-rate 1e-12"

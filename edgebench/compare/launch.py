@@ -16,7 +16,7 @@ from pathlib import Path
 from edgebench.cli import ExperimentError, Interrupted, one_line
 from edgebench.compare.items import VIT, Item, varied_fields
 from edgebench.compare.runs import BENCHMARK_FILE, Run, failures_in, read_benchmark, read_new_run, warn
-from edgebench.record.files import replacing
+from edgebench.files import replacing
 
 STOP_S = 10.0  # seconds that a run has to end after SIGTERM
 

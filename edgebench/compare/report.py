@@ -14,7 +14,7 @@ from edgebench.compare.sets import by_device, by_name, conditions, differences
 from edgebench.compare.summary import summary
 from edgebench.compare.tables import csv_text, markdown_table, result_tables
 from edgebench.compare.verdicts import Comparison, Decisions, compare_all, compare_devices, decide_all
-from edgebench.record.files import replacing
+from edgebench.files import replacing
 
 LISTED_SETS = 10  # sets of a device that are reported on; and those with one name only that are listed, in a line each
 READING = f"""\

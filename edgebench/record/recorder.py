@@ -16,6 +16,7 @@ from edgebench.callbacks import StopSignals
 from edgebench.cli import ExperimentError, Interrupted, one_line
 from edgebench.compile_cache import CompileCache
 from edgebench.device import Device, backend_threads, find_device, out_of_memory_as
+from edgebench.files import WeightsFile
 from edgebench.layers import attention_path
 from edgebench.machine import machine_and_code
 from edgebench.measure import costs
@@ -25,7 +26,6 @@ from edgebench.measure.meters import Meter, all_of
 from edgebench.measure.sensors import find_sensors, peak_rss_bytes
 from edgebench.measure.steps import to_first_epoch, waits
 from edgebench.record import console, tracking
-from edgebench.record.files import WeightsFile
 from edgebench.record.results import SCHEMA_VERSION, write_results
 from edgebench.record.resume import ResumableRun, Resumed
 from edgebench.torch_graphs import is_compiled

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from edgebench.cli import warn
-from edgebench.record.files import replacing
+from edgebench.files import replacing
 
 SCHEMA_VERSION = 3  # raised whenever a name or a meaning changes; results.schema.json describes it
 

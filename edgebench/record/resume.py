@@ -22,10 +22,10 @@ import numpy as np
 from edgebench.averages import averages
 from edgebench.cli import ExperimentError, flag, one_line, warn
 from edgebench.device import assign_copies, build_optimizer, copy_values
+from edgebench.files import replacing
 from edgebench.flags import Flag
 from edgebench.measure.epochs import Epoch, EpochRecorder
 from edgebench.record import console
-from edgebench.record.files import replacing
 
 
 class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
