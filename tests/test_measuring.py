@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,10 +60,10 @@ def measured(step_s: float, small_batches: int = 1, compiles_slowly: bool = Fals
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     slow.step_s, slow.compiles_slowly = step_s / small_batches, compiles_slowly
     before, batch_size = model.get_weights(), 20 // small_batches
-    sections = steps.steps(
-        model, datasets.ShuffledBatches, x, y, batch_size, small_batches, budget_s=60, raise_if_stopped=lambda: None
-    )
-    figures = sections["time"] | {"compile_s": sections["compile_s"]["train_step"]}
+    data = types.SimpleNamespace(x_train=x, y_train=y)
+    workload = steps.Workload(model, data, datasets.ShuffledBatches, batch_size, small_batches)
+    figures = steps.steps(workload, budget_s=60, raise_if_stopped=lambda: None)["time"]
+    figures["compile_s"] = figures["compile_s"]["train_step"]
     assert all((a == b).all() for a, b in zip(before, model.get_weights(), strict=True)), "the model has changed"
     assert int(optimizer.iterations) == 0
     if num_epochs:
