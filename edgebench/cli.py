@@ -126,6 +126,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def help_of(config_class: type) -> dict[str, str]:
+    """The docstring of every field, on one line."""
+    parameters = docstring_parser.parse_from_object(config_class).params
+    return {parameter.arg_name: " ".join(parameter.description.split()) for parameter in parameters}
+
+
 def parse(
     config_class: type[Config],
     argv: Sequence[str],
@@ -173,7 +179,7 @@ def _grouped(config_class: type, group_of: Mapping[str, str], defaults: Mapping[
     tyro shows each of them in a box of its own. It cannot find the docstrings of fields that are made here, so they are
     passed on, without "(default: )" and "{None}|STR" for what is empty by default.
     """
-    texts = {item.arg_name: item.description for item in docstring_parser.parse_from_object(config_class).params}
+    texts = help_of(config_class)
     groups: dict[str, list] = {}
     for field, kind in zip(dataclasses.fields(config_class), get_type_hints(config_class).values(), strict=True):
         group = groups.setdefault(group_of.get(field.name, "flags"), [])
@@ -181,7 +187,7 @@ def _grouped(config_class: type, group_of: Mapping[str, str], defaults: Mapping[
         default = defaults.get(field.name, default)
         hint = "" if default in (None, []) else None
         metavar = "TEXT" if kind == str | None else None
-        argument = tyro.conf.arg(help=" ".join(texts[field.name].split()), metavar=metavar, help_behavior_hint=hint)
+        argument = tyro.conf.arg(help=texts[field.name], metavar=metavar, help_behavior_hint=hint)
         group.append((field.name, Annotated[kind, argument], dataclasses.field(default_factory=lambda d=default: d)))
     boxes = [(name.replace(" ", "_"), dataclasses.make_dataclass(name, members)) for name, members in groups.items()]
     return dataclasses.make_dataclass(

@@ -16,9 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import docstring_parser
-
-from edgebench.cli import ExperimentError, flag, is_installed, require, setting
+from edgebench.cli import ExperimentError, flag, help_of, is_installed, require, setting
 
 MUST_AGREE = "must agree"  # runs that differ in it are not compared, unless benchmark.py was asked to vary it
 NOTED = "noted"  # runs that differ in it are compared, and the report says so
@@ -81,12 +79,6 @@ def flags_of(config_class: type) -> Mapping[str, Flag]:
             )
         found[name] = flags[0]
     return found
-
-
-def help_of(config_class: type) -> dict[str, str]:
-    """The docstring of every field, on one line."""
-    parameters = docstring_parser.parse_from_object(config_class).params
-    return {parameter.arg_name: " ".join(parameter.description.split()) for parameter in parameters}
 
 
 def check(config: Any) -> None:

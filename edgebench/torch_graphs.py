@@ -171,11 +171,9 @@ def with_graphs(model: keras.Model, batch_sizes: set[int], augmentation: keras.L
     graph_model = GraphModel(model.input, model.output, name=model.name)
     graph_model._batch_sizes, graph_model._compiled = batch_sizes, {}
     if augmentation:
-        rest = keras.Model(model.get_layer(augmentation.name).output, model.output)
-        graph_model._augment, graph_model._rest = (
-            augmentation.__call__,
-            rest.__call__,
-        )  # no layers: Keras would count them
+        # Their calls, as Keras would count the layers themselves, and with them their weights, a second time.
+        graph_model._augment = augmentation.__call__
+        graph_model._rest = keras.Model(model.get_layer(augmentation.name).output, model.output).__call__
     return graph_model
 
 

@@ -66,6 +66,7 @@ class Recorder:
         self.wandb = None  # the W&B run, if there is one
         self._size, self._resumable, self._is_gpu = size, resumable, device.is_gpu
         self._cache = CompileCache()
+        self._measures = False  # whether this process measures before the training, and so compiles there
         self._progress = resumable.progress if resumable else Resumed().progress
         self._model: keras.Model | None = None
         self._epochs: EpochRecorder | None = None
@@ -138,7 +139,7 @@ class Recorder:
 
         Nothing is measured with --measure-seconds 0, nor where this run continues one that was measured.
         """
-        self.measured, self._measures = self._progress.measured, False
+        self.measured = self._progress.measured
         if self.config.measure_seconds and not self.measured:
             self._measures = True
             console.print_measuring(self.config.measure_seconds)
